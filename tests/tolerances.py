@@ -1,0 +1,31 @@
+"""Every tolerance of the test suite, each with its reason. Tests take them from here and nowhere else.
+
+A row is (atol, rtol) for ``torch.testing.assert_close``.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Tolerance(NamedTuple):
+    """Absolute and relative tolerance, as ``torch.testing.assert_close`` takes them."""
+
+    atol: float
+    rtol: float
+
+
+# float64, the same sums in another order (chunked or token by token, windowed or whole): rounding of about 1e-16
+# times the growth over a few hundred steps.
+EXACT = Tolerance(1e-10, 1e-9)
+# float64 gradients of the same: one more reduction, over parameters used in every window and loop.
+EXACT_GRAD = Tolerance(1e-9, 1e-8)
+# float32 against the published reference implementations (fixtures): what those differ among their own backends.
+PARITY = Tolerance(1e-4, 1e-5)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: Tolerance, what: str = "") -> None:
+    """``torch.testing.assert_close`` with a row of the table above; ``what`` names the tensor in the message."""
+    torch.testing.assert_close(
+        actual, expected, atol=tolerance.atol, rtol=tolerance.rtol, msg=lambda text: f"{what}: {text}"
+    )

@@ -1,0 +1,40 @@
+"""Sleep for pretrained language models (Lee et al., arXiv:2605.26099).
+
+    >>> from sleepify import sleepify
+    >>> model = sleepify("Qwen/Qwen3-1.7B", n_loops=6, window_size=2000)
+
+Importing this package makes transformers' Auto classes know sleeping models, Jet-Nemotron and Ouro.
+"""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import sleepify.models  # registers jet_nemotron and ouro
+from sleepify.cache import SleepCache
+from sleepify.config import FastWeightConfig, SleepConfig
+from sleepify.errors import (
+    CacheMismatchError,
+    CheckpointError,
+    NonFiniteStateError,
+    SleepifyError,
+    UnsupportedModelError,
+)
+from sleepify.modeling import SleepForCausalLM
+from sleepify.retrofit import sleepify
+from sleepify.version import __version__
+
+AutoConfig.register("sleepify", SleepConfig, exist_ok=True)
+AutoModelForCausalLM.register(SleepConfig, SleepForCausalLM, exist_ok=True)
+
+__all__ = [
+    "CacheMismatchError",
+    "CheckpointError",
+    "FastWeightConfig",
+    "NonFiniteStateError",
+    "SleepCache",
+    "SleepConfig",
+    "SleepForCausalLM",
+    "SleepifyError",
+    "UnsupportedModelError",
+    "__version__",
+    "sleepify",
+]

@@ -1,0 +1,171 @@
+"""SleepConfig and FastWeightConfig: how a model sleeps and what is inserted into it. Validated, JSON round trip."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+from transformers import AutoConfig, PreTrainedConfig
+
+RULES = ("gdn", "jet", "mamba2")
+EVICTIONS = ("hard", "sliding")
+CHECKPOINTS = ("none", "window", "loop")
+
+
+@dataclass
+class FastWeightConfig:
+    """The fast-weight layers to insert.
+
+    Args:
+        rule: how the state is written: "gdn" (Gated DeltaNet), "jet" (with a dynamic convolution), "mamba2" (Eq. 3).
+        num_layers: how many, spread evenly over the depth; 0 for none, None for the default of the base.
+        layers: after which layers of the base instead (0-based, ascending); overrides ``num_layers``.
+        num_heads: H; None so that the values are as wide as the base.
+        head_dim: K, width of a key; None for 128, or a quarter of a base narrower than 512.
+        expand_v: V / K.
+        conv_size: W, taps of the short convolution.
+        dconv_reduction: jet: how much narrower than the values the kernel generator is.
+        norm_eps: of the norms.
+
+    Raises:
+        ValueError: for a value that no layer can have.
+    """
+
+    rule: str = "gdn"
+    num_layers: int | None = None
+    layers: list[int] | None = None
+    num_heads: int | None = None
+    head_dim: int | None = None
+    expand_v: float = 2.0
+    conv_size: int = 4
+    dconv_reduction: int = 8
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise ValueError(f"expected a fast-weight rule among {', '.join(RULES)}, got {self.rule!r}")
+        if self.layers is not None:
+            self.layers = [int(layer) for layer in self.layers]
+            if self.layers != sorted(set(self.layers)) or any(layer < 0 for layer in self.layers):
+                raise ValueError(f"expected ascending layer indices from 0, got layers={self.layers}")
+            self.num_layers = len(self.layers)
+        for name, least in (("num_layers", 0), ("num_heads", 1), ("head_dim", 1), ("conv_size", 1)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ValueError(f"expected {name} to be a whole number of at least {least}, got {value!r}")
+        if self.expand_v <= 0 or self.dconv_reduction < 1 or self.norm_eps <= 0:
+            raise ValueError(
+                "expected expand_v > 0, dconv_reduction >= 1 and norm_eps > 0, got "
+                f"{self.expand_v}, {self.dconv_reduction} and {self.norm_eps}"
+            )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> FastWeightConfig:
+        """From JSON; an unknown field is an error that names it."""
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(values.keys() - known):
+            raise ValueError(f"unknown fields of FastWeightConfig: {unknown}; known are {sorted(known)}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+class SleepConfig(PreTrainedConfig):
+    """How a model sleeps. Saved as the ``config.json`` of a sleep-enabled checkpoint, with the base's inside.
+
+    Args:
+        text_config: the configuration of the base model.
+        n_loops: N, passes over a full window (§5). Awake it is always one.
+        window_size: L, tokens; None for the base's maximal position, 2048 at most.
+        eviction: "hard" drops all keys and values at the end of a window, "sliding" keeps the latest L-1.
+        loop_range: layers [start, stop) of the base that are looped; None for all (Jet-Nemotron: the middle half).
+        fast_weights: the layers to insert, a `FastWeightConfig` or its dict; None for the base's default.
+        checkpoint: recompute activations in the backward pass, per "window" or per "loop", or "none".
+        backprop_loops: gradient through the last k passes of a sleep only; None for all.
+        backprop_windows: gradient through the last k sleeps of a row only; None for all.
+        check_finite: look for NaN and infinity in the state after each sleep (costs a host-device sync).
+        fast_weights_only: the checkpoint holds the inserted weights alone; set by ``save_pretrained``.
+        base_model_name_or_path, base_model_revision, base_fingerprint: the base that they belong to.
+
+    Raises:
+        ValueError: for a value out of range, naming the field.
+    """
+
+    model_type = "sleepify"
+    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
+    is_composition: ClassVar[bool] = True
+
+    text_config: Any = None
+    n_loops: int = 4
+    window_size: int | None = None
+    eviction: str = "hard"
+    loop_range: Any = None
+    fast_weights: Any = None
+    checkpoint: str = "none"
+    backprop_loops: int | None = None
+    backprop_windows: int | None = None
+    check_finite: bool = False
+    fast_weights_only: bool = False
+    base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
+    base_fingerprint: str | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.text_config, dict):
+            self.text_config = _nested(self.text_config)
+        if isinstance(self.fast_weights, dict):
+            self.fast_weights = FastWeightConfig.from_dict(self.fast_weights)
+        # transformers hands these down to the nested configuration, also when they are not given: keep the base's own.
+        for name in ("attn_implementation", "experts_implementation"):
+            kwargs.setdefault(name, getattr(self.text_config, f"_{name}", None))
+        super().__post_init__(**kwargs)
+        self.validate_sleep()
+
+    def validate_sleep(self) -> None:
+        """Check every field of its own (those that need the base are checked where the base is known)."""
+        if self.fast_weights is not None and not isinstance(self.fast_weights, FastWeightConfig):
+            raise TypeError(f"expected fast_weights to be a FastWeightConfig or a dict, got {self.fast_weights!r}")
+        for name in ("n_loops", "window_size", "backprop_loops", "backprop_windows"):
+            value = getattr(self, name)
+            if value is None and name != "n_loops":
+                continue
+            check_positive(name, value)
+        for name, allowed in (("eviction", EVICTIONS), ("checkpoint", CHECKPOINTS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"expected {name} to be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.loop_range is not None:
+            bounds = list(self.loop_range)
+            if len(bounds) != 2 or not all(isinstance(b, int) for b in bounds) or not 0 <= bounds[0] < bounds[1]:
+                raise ValueError(f"expected loop_range=(start, stop) with 0 <= start < stop, got {self.loop_range!r}")
+            self.loop_range = bounds
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; says what to install to open the checkpoint."""
+        output = super().to_dict()
+        if isinstance(self.fast_weights, FastWeightConfig):
+            output["fast_weights"] = self.fast_weights.to_dict()
+        output["requires"] = "pip install sleepify, then `import sleepify` before AutoModelForCausalLM.from_pretrained"
+        return output
+
+
+def check_positive(name: str, value: Any) -> int:
+    """``value`` if it is a whole number of at least 1.
+
+    Raises:
+        ValueError: if not, naming the field.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"expected {name} to be a whole number of at least 1, got {value!r}")
+    return value
+
+
+def _nested(values: dict[str, Any]) -> PreTrainedConfig:
+    """The base's configuration out of its JSON."""
+    values = dict(values)
+    model_type = values.pop("model_type", None)
+    if not model_type:
+        raise ValueError("expected text_config to name the model_type of the base, found none")
+    return AutoConfig.for_model(model_type, **values)

@@ -1,0 +1,78 @@
+"""What a base gets where the user does not say, and the checks that need to know the base."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig
+
+from sleepify.config import FastWeightConfig, SleepConfig
+from sleepify.hosts import is_recurrent, layer_kinds
+
+MAX_DEFAULT_WINDOW = 2048
+
+
+def resolve(config: SleepConfig) -> SleepConfig:
+    """Fill in every field that was left open, and check those that depend on the base. Idempotent.
+
+    Raises:
+        ValueError: for a window, a loop range or a place of insertion that this base does not have.
+        UnsupportedModelError: for a base whose layers sleep does not know.
+    """
+    base = config.text_config
+    if base is None:
+        raise ValueError("expected text_config, the configuration of the base model, got None")
+    kinds = layer_kinds(base)
+    longest = getattr(base, "max_position_embeddings", None)
+    window_size = config.window_size
+    if window_size is None:
+        window_size = min(MAX_DEFAULT_WINDOW, longest or MAX_DEFAULT_WINDOW)
+    if longest is not None and window_size > longest:
+        raise ValueError(
+            f"expected window_size to be at most {longest}, the positions that {base.model_type} supports, "
+            f"got {window_size}; choose a smaller window"
+        )
+    fast_weights = _fast_weights(config.fast_weights, base, kinds)
+    loop_range = _loop_range(config.loop_range, base, kinds, fast_weights.layers or [])
+    config.window_size, config.fast_weights, config.loop_range = window_size, fast_weights, loop_range
+    return config
+
+
+def _fast_weights(asked: FastWeightConfig | None, base: PreTrainedConfig, kinds: list[str]) -> FastWeightConfig:
+    n_layers, width = len(kinds), base.hidden_size
+    count = max(1, n_layers // 4)
+    if asked is None:
+        if any(is_recurrent(kind) for kind in kinds):
+            return FastWeightConfig(num_layers=0, layers=[])
+        asked = FastWeightConfig(rule="jet" if base.model_type == "ouro" else "gdn")
+    resolved = FastWeightConfig(**asked.to_dict())
+    if resolved.layers is None:
+        count = count if resolved.num_layers is None else resolved.num_layers
+        if count > n_layers:
+            raise ValueError(f"expected at most one fast-weight layer per layer ({n_layers}), got num_layers={count}")
+        # In the middle of each of `count` equal parts of the depth.
+        resolved.layers = [(2 * place + 1) * n_layers // (2 * count) for place in range(count)]
+        resolved.num_layers = count
+    if resolved.layers and resolved.layers[-1] >= n_layers:
+        raise ValueError(f"expected layers of the base from 0 to {n_layers - 1} to insert after, got {resolved.layers}")
+    if resolved.head_dim is None:
+        resolved.head_dim = min(128, max(1, width // 4))
+    if resolved.num_heads is None:
+        resolved.num_heads = max(1, round(width / (resolved.head_dim * resolved.expand_v)))
+    return resolved
+
+
+def _loop_range(
+    asked: list[int] | None, base: PreTrainedConfig, kinds: list[str], inserted: list[int]
+) -> list[int]:
+    n_layers = len(kinds)
+    if asked is None:
+        # The paper loops blocks 7-20 of Jet-Nemotron 2B's 28, and all blocks of every other model.
+        asked = [n_layers // 4, n_layers - n_layers // 4] if base.model_type == "jet_nemotron" else [0, n_layers]
+    start, stop = asked
+    if stop > n_layers:
+        raise ValueError(f"expected loop_range within the {n_layers} layers of the base, got {(start, stop)}")
+    if not any(is_recurrent(kinds[i]) or i in inserted for i in range(start, stop)):
+        raise ValueError(
+            f"expected at least one fast-weight layer in loop_range={(start, stop)}, found none (inserted after "
+            f"{inserted}); without one a loop would leave nothing behind: widen the range or insert layers"
+        )
+    return [start, stop]

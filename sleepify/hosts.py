@@ -1,0 +1,390 @@
+"""Driving a base model's decoder layer by layer, so that sleep.py can loop over any part of it.
+
+transformers' decoders follow one convention: ``layers`` that map hidden states to hidden states given masks, rotary
+tables and a cache. `Host` walks it once for all families; what a family does differently is an entry in `FAMILIES`.
+`verify` compares the walk with the base's own forward pass, so that a family which departs from the convention is
+refused rather than silently wrong.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from sleepify.errors import UnsupportedModelError
+from sleepify.memory import LayerState, Memory
+from sleepify.window_cache import WindowCache
+
+ATTENTION = {"full_attention", "sliding_attention"}
+RECURRENT = {"linear_attention", "mamba"}
+BOTH = {"hybrid", "hybrid_sliding"}
+STATELESS = {"mlp", "moe"}
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What is computed once per window for all layers and passes.
+
+    Attributes:
+        position_ids: [1 or B, T].
+        masks: attention mask per layer, in the form that the attention implementation wants.
+        rotary: rotary tables per kind of layer.
+        lengths: real tokens per row [B], None if all T are.
+        embeddings: the embedded tokens [B, T, D] (for bases that read them again in later layers).
+        keep_keys: whether keys and values are remembered.
+    """
+
+    position_ids: Tensor
+    masks: dict[int | None, Any]
+    rotary: dict[str, Any]
+    lengths: Tensor | None
+    embeddings: Tensor
+    keep_keys: bool
+
+
+class Host:
+    """A causal LM of transformers as sleep.py's `Blocks`.
+
+    Args:
+        language_model: the base, with its head.
+        inserted: fast-weight layers by the base layer that they follow.
+        loop_range: layers [start, stop) to loop.
+        window: L under sliding eviction (no token attends further back), None under hard eviction.
+
+    Raises:
+        UnsupportedModelError: if the base lacks a part; the message names it.
+    """
+
+    def __init__(
+        self,
+        language_model: PreTrainedModel,
+        inserted: dict[int, nn.Module] | None = None,
+        loop_range: tuple[int, int] | None = None,
+        window: int | None = None,
+    ) -> None:
+        self.language_model = language_model
+        self.config: PreTrainedConfig = language_model.config
+        self.decoder = find_decoder(language_model)
+        self.layers = self.decoder.layers
+        self.norm = _first(self.decoder, ("norm", "final_layernorm", "final_layer_norm", "norm_f"))
+        self.kinds = layer_kinds(self.config)
+        self.n_layers = len(self.kinds)
+        self.inserted = inserted or {}
+        self.loop_range = loop_range or (0, self.n_layers)
+        self.window = window
+
+    # --- what the algorithm asks for -------------------------------------------------------------------------------
+
+    @property
+    def masks_padding(self) -> bool:
+        """Whether every recurrent layer takes ``lengths``; layers of transformers let padding into their state."""
+        recurrent = (self.layers[i] for i, kind in enumerate(self.kinds) if kind in RECURRENT | BOTH)
+        return all("lengths" in _parameters(type(layer)) for layer in recurrent)
+
+    def last_writer(self, keep_keys: bool) -> int:
+        """Layers [0, last_writer) are all that write what survives a window."""
+        kinds = RECURRENT | BOTH | (ATTENTION if keep_keys else set())
+        writers = [i for i, kind in enumerate(self.kinds) if kind in kinds] + list(self.inserted)
+        return max(writers, default=-1) + 1
+
+    def open(
+        self, input_ids: Tensor, lengths: Sequence[int], positions: Sequence[int], memory: Memory, keep_keys: bool
+    ) -> tuple[Tensor, Frame]:
+        """Embed a window and make masks and rotary tables for it."""
+        hidden = self.embed(input_ids)
+        batch, width = input_ids.shape
+        device = hidden.device
+        steps = torch.arange(width, device=device)[None, :]
+        if len(set(positions)) == 1:
+            position_ids = steps + positions[0]
+        else:
+            position_ids = steps + torch.tensor(positions, device=device)[:, None]
+
+        ragged = any(length != width for length in lengths)
+        real = torch.tensor(lengths, device=device) if ragged else None
+        valid = None
+        columns = memory.columns
+        if ragged or any(length != columns for length in memory.kv_lengths):
+            remembered = torch.tensor(memory.kv_lengths, device=device)[:, None]
+            old = torch.arange(columns, device=device)[None, :] >= columns - remembered
+            new = steps < torch.tensor(lengths, device=device)[:, None]
+            valid = torch.cat([old, new], 1)
+        past = WindowCache(memory, width)
+        masks = {
+            reach: self._mask(reach, hidden, valid, past, position_ids) for reach in {self._reach(i) for i in self._attends()}
+        }
+        return hidden, Frame(position_ids, masks, self.rotary(hidden, position_ids), real, hidden, keep_keys)
+
+    def run(self, hidden_states: Tensor, memory: Memory, frame: Frame, start: int, stop: int) -> tuple[Tensor, Memory]:
+        """Layers [start, stop) and what is inserted after them."""
+        cache = WindowCache(memory, hidden_states.shape[1], frame.keep_keys)
+        for index in range(start, stop):
+            hidden_states = self.layer(index, hidden_states, frame, cache)
+            if (layer := self.inserted.get(index)) is not None:
+                before = cache.state.get((index, 1))
+                hidden_states, after = layer(hidden_states, before, frame.lengths)
+                cache.state[(index, 1)] = LayerState(*after)
+        return hidden_states, cache.memory()
+
+    def close_loop(self, hidden_states: Tensor) -> Tensor:
+        """Most architectures hand the residual stream on as it is."""
+        return hidden_states
+
+    # --- one base model --------------------------------------------------------------------------------------------
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """[B, T] ids to [B, T, D]."""
+        hidden = self.language_model.get_input_embeddings()(input_ids)
+        scale = getattr(self.decoder, "embedding_multiplier", None)
+        if scale is not None:
+            hidden = hidden * scale
+        dropout = getattr(self.decoder, "emb_dropout", None)
+        return hidden if dropout is None else dropout(hidden)
+
+    def rotary(self, hidden_states: Tensor, position_ids: Tensor) -> dict[str, Any]:
+        """Rotary tables per kind of attention layer; None where the model has none."""
+        module = getattr(self.decoder, "rotary_emb", None)
+        kinds = {self.kinds[i] for i in self._attends()}
+        if module is None:
+            return dict.fromkeys(kinds)
+        if "layer_type" in _parameters(type(module)):
+            return {kind: module(hidden_states, position_ids, kind) for kind in kinds}
+        return dict.fromkeys(kinds, module(hidden_states, position_ids))
+
+    def layer(self, index: int, hidden_states: Tensor, frame: Frame, cache: WindowCache) -> Tensor:
+        """Layer ``index`` of the base."""
+        module = self.layers[index]
+        accepted = _parameters(type(module))
+        arguments = self.layer_arguments(index, frame, cache)
+        if "*" not in accepted:
+            arguments = {name: value for name, value in arguments.items() if name in accepted}
+        output = module(hidden_states, **arguments)
+        return output[0] if isinstance(output, tuple) else output
+
+    def layer_arguments(self, index: int, frame: Frame, cache: WindowCache) -> dict[str, Any]:
+        """Keyword arguments of a decoder layer, by transformers' names."""
+        kind = self.kinds[index]
+        accepted = _parameters(type(self.layers[index]))
+        arguments: dict[str, Any] = {
+            "attention_mask": frame.masks[self._reach(index)] if kind in ATTENTION | BOTH else None,
+            "position_ids": frame.position_ids,
+            "layer_past" if "layer_past" in accepted else "past_key_values": cache,
+            "use_cache": True,
+        }
+        # Recurrent layers take no position, but many share a signature with the attention layers beside them.
+        rotary = frame.rotary.get(kind, next(iter(frame.rotary.values()), None))
+        if rotary is not None:
+            arguments["position_embeddings"] = rotary
+        if "lengths" in accepted:
+            arguments["lengths"] = frame.lengths
+        if self.window is not None and self._is_flash() and kind in ATTENTION | BOTH:
+            attention = getattr(self.layers[index], "self_attn", None)
+            if hasattr(attention, "sliding_window"):
+                attention.sliding_window = self._reach(index)
+            else:
+                arguments["sliding_window"] = self._reach(index)
+        return arguments
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """Final norm, head and what the family does to its logits; [..., D] to [..., V]."""
+        head = self.language_model.get_output_embeddings()
+        logits = head(self.norm(hidden_states).to(head.weight.dtype))
+        config = self.config
+        for name in ("logit_scale", "lm_head_multiplier"):
+            if (factor := getattr(config, name, None)) is not None:
+                logits = logits * factor
+        if (divisor := getattr(config, "logits_scaling", None)) is not None:
+            logits = logits / divisor
+        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    def base_logits(self, input_ids: Tensor) -> Tensor:
+        """The base's own logits [B, T, V], by its own forward pass."""
+        return self.language_model(input_ids=input_ids, use_cache=False).logits
+
+    # --- masks -----------------------------------------------------------------------------------------------------
+
+    def _attends(self) -> list[int]:
+        return [i for i, kind in enumerate(self.kinds) if kind in ATTENTION | BOTH]
+
+    def _reach(self, index: int) -> int | None:
+        """How many positions a token of this layer sees, itself included; None for all there are."""
+        own = getattr(self.config, "sliding_window", None) if "sliding" in self.kinds[index] else None
+        return min((reach for reach in (own, self.window) if reach is not None), default=None)
+
+    def _is_flash(self) -> bool:
+        return "flash" in (self.config._attn_implementation or "")
+
+    def _mask(
+        self, reach: int | None, hidden: Tensor, valid: Tensor | None, past: WindowCache, position_ids: Tensor
+    ) -> Any:
+        arguments = {
+            "inputs_embeds": hidden,
+            "attention_mask": valid,
+            "past_key_values": past,
+            "position_ids": position_ids,
+        }
+        if reach is None:
+            return create_causal_mask(config=self.config, **arguments)
+        config = copy.copy(self.config)
+        config.sliding_window = reach
+        return create_sliding_window_causal_mask(config=config, **arguments)
+
+
+class OuroHost(Host):
+    """Ouro closes every pass with its final norm; slept, it runs one step awake (spec: ``total_ut_steps=1``)."""
+
+    def close_loop(self, hidden_states: Tensor) -> Tensor:
+        return self.norm(hidden_states)
+
+    def base_logits(self, input_ids: Tensor) -> Tensor:
+        return self.language_model(input_ids=input_ids, use_cache=False, exit_at_step=0).logits
+
+
+class Zamba2Host(Host):
+    """Zamba2's shared attention blocks read the embeddings again, and its layers are told which one they are."""
+
+    def layer_arguments(self, index: int, frame: Frame, cache: WindowCache) -> dict[str, Any]:
+        arguments = super().layer_arguments(index, frame, cache)
+        mask = arguments.pop("attention_mask")
+        return arguments | {"original_hidden_states": frame.embeddings, "layer_idx": index, "causal_mask": mask}
+
+
+# Families with a test row. Others work if `verify` finds them to follow the convention.
+FAMILIES: dict[str, type[Host]] = {
+    "llama": Host,
+    "mistral": Host,
+    "qwen2": Host,
+    "qwen3": Host,
+    "qwen3_moe": Host,
+    "gemma2": Host,
+    "gemma3_text": Host,
+    "phi3": Host,
+    "olmo2": Host,
+    "smollm3": Host,
+    "gpt_neox": Host,
+    "qwen3_next": Host,
+    "qwen3_5_text": Host,
+    "olmo_hybrid": Host,
+    "falcon_h1": Host,
+    "bamba": Host,
+    "granitemoehybrid": Host,
+    "nemotron_h": Host,
+    "zamba2": Zamba2Host,
+    "jet_nemotron": Host,
+    "ouro": OuroHost,
+}
+
+
+def host_class(config: PreTrainedConfig) -> type[Host]:
+    """The driver of a family."""
+    return FAMILIES.get(config.model_type, Host)
+
+
+def find_decoder(language_model: PreTrainedModel) -> Any:
+    """The decoder inside a causal LM.
+
+    Raises:
+        UnsupportedModelError: naming the part that is missing.
+    """
+    name = type(language_model).__name__
+    if getattr(language_model.config, "is_encoder_decoder", False):
+        raise _unsupported(name, "a decoder-only model (this one has an encoder)")
+    decoder = getattr(language_model, language_model.base_model_prefix, None)
+    if decoder is None or decoder is language_model:
+        raise _unsupported(name, f"the decoder as attribute {language_model.base_model_prefix!r}")
+    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
+        raise _unsupported(name, "decoder blocks as `layers`")
+    _first(decoder, ("norm", "final_layernorm", "final_layer_norm", "norm_f"))
+    if language_model.get_input_embeddings() is None or language_model.get_output_embeddings() is None:
+        raise _unsupported(name, "input embeddings and a language-model head")
+    return decoder
+
+
+def layer_kinds(config: PreTrainedConfig) -> list[str]:
+    """What each layer is, in transformers' words.
+
+    Raises:
+        UnsupportedModelError: for a kind that sleep does not know how to evict.
+    """
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        slides = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+        kinds = ["sliding_attention" if slides else "full_attention"] * config.num_hidden_layers
+    if unknown := sorted(set(kinds) - ATTENTION - RECURRENT - BOTH - STATELESS):
+        raise _unsupported(config.model_type, f"layers of known kinds (found {', '.join(unknown)})")
+    return list(kinds)
+
+
+def is_recurrent(kind: str) -> bool:
+    """Whether a layer of this kind has a fast-weight state of its own."""
+    return kind in RECURRENT | BOTH
+
+
+@torch.no_grad()
+def verify(host: Host) -> None:
+    """Compare one pass of the driver with the base's own forward pass, whole and in two parts.
+
+    Raises:
+        UnsupportedModelError: if they differ; the base does something outside its layers that the driver misses.
+    """
+    language_model = host.language_model
+    weight = language_model.get_input_embeddings().weight
+    if weight.device.type == "meta":
+        return
+    n_tokens = min(9, getattr(host.config, "max_position_embeddings", None) or 9)
+    ids = (torch.arange(2 * n_tokens, device=weight.device).view(2, n_tokens) * 7 + 1) % weight.shape[0]
+    was_training = language_model.training
+    language_model.eval()
+    try:
+        expected = host.base_logits(ids).float()
+        memory, pieces = Memory(2), []
+        for piece in (ids[:, : n_tokens // 2], ids[:, n_tokens // 2 :]):
+            if piece.shape[1]:
+                lengths, first = (piece.shape[1],) * 2, (memory.columns,) * 2
+                hidden, frame = host.open(piece, lengths, first, memory, keep_keys=True)
+                hidden, memory = host.run(hidden, memory, frame, 0, host.n_layers)
+                memory = memory.advance(lengths, piece.shape[1])
+                pieces.append(host.logits(hidden).float())
+    finally:
+        language_model.train(was_training)
+    # Both sides run the same kernels in another order; a missed factor moves logits by far more than rounding does.
+    tolerance = 1e-3 if weight.dtype in (torch.float32, torch.float64) else 5e-2
+    difference = (torch.cat(pieces, 1) - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
+    if not difference <= tolerance:
+        raise UnsupportedModelError(
+            f"expected {type(language_model).__name__} to follow transformers' decoder convention, but walking its "
+            f"layers gives logits that differ from its own by {float(difference):.1e} (relative; allowed "
+            f"{tolerance:.0e}); it does something between or around its layers that sleepify does not know. "
+            "See docs/add-a-host"
+        )
+
+
+def _unsupported(name: str, missing: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"expected {missing} in {name}, found none; tested families: {', '.join(sorted(FAMILIES))}; see docs/add-a-host"
+    )
+
+
+def _first(module: Any, names: Sequence[str]) -> Any:
+    for name in names:
+        if getattr(module, name, None) is not None:
+            return getattr(module, name)
+    raise _unsupported(type(module).__name__, f"a final norm named one of {', '.join(names)}")
+
+
+@lru_cache(maxsize=256)
+def _parameters(module_class: type[nn.Module]) -> frozenset[str]:
+    """Names of a module's forward parameters, with "*" if it takes any keyword."""
+    parameters = inspect.signature(module_class.forward).parameters.values()
+    return frozenset("*" if p.kind is inspect.Parameter.VAR_KEYWORD else p.name for p in parameters)

@@ -1,0 +1,188 @@
+"""What a model remembers, as a value: the fast-weight state and the keys and values of the open window.
+
+Every operation returns new tensors and leaves the old ones alone, so a snapshot is a reference, a rollback is an
+assignment, and gradient flows through windows and loops. B rows, S remembered positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# (i, 0) is layer i of the host, (i, 1) the fast-weight layer inserted after it: sorted, the order in which they run.
+LayerKey = tuple[int, int]
+Rows = Sequence[int]
+
+
+class LayerState(NamedTuple):
+    """State of one fast-weight layer.
+
+    Attributes:
+        conv: last inputs of its short convolution, [B, C, W], or None for a layer without one.
+        recurrent: its matrix state, [B, H, K, V], float32 or wider, or None for a layer that only convolves.
+    """
+
+    conv: Tensor | None = None
+    recurrent: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The state of every fast-weight layer, and keys and values of every attention layer.
+
+    Attributes:
+        batch_size: B.
+        state: one `LayerState` per fast-weight layer that has been written.
+        kv: keys and values per attention layer of the host, [B, H, S, d] each; row r holds its entries in the *last*
+            ``kv_lengths[r]`` of the S columns, so that one more token is one more column for every row.
+        kv_lengths: entries per row.
+    """
+
+    batch_size: int
+    state: dict[LayerKey, LayerState] = field(default_factory=dict)
+    kv: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    kv_lengths: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.kv_lengths:
+            object.__setattr__(self, "kv_lengths", (0,) * self.batch_size)
+
+    @property
+    def columns(self) -> int:
+        """S, the same for all layers."""
+        return max(self.kv_lengths, default=0)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor held, for counting bytes and checking devices."""
+        states = [tensor for layer in self.state.values() for tensor in layer if tensor is not None]
+        return states + [tensor for pair in self.kv.values() for tensor in pair]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Memory:
+        """The same memory with ``function`` applied to every tensor."""
+        state = {
+            key: LayerState(*(None if tensor is None else function(tensor) for tensor in layer))
+            for key, layer in self.state.items()
+        }
+        return replace(self, state=state, kv={i: (function(k), function(v)) for i, (k, v) in self.kv.items()})
+
+    def select(self, rows: Rows) -> Memory:
+        """The memory of some rows, in that order; columns that none of them uses are dropped."""
+        if list(rows) == list(range(self.batch_size)):
+            return self
+        index = None
+        lengths = tuple(self.kv_lengths[row] for row in rows)
+        columns = max(lengths, default=0)
+
+        def pick(tensor: Tensor) -> Tensor:
+            nonlocal index
+            if index is None or index.device != tensor.device:
+                index = torch.tensor(list(rows), device=tensor.device)
+            return tensor.index_select(0, index)
+
+        picked = replace(self, batch_size=len(rows), kv_lengths=lengths).map(pick)
+        return replace(picked, kv={i: (_last(k, columns), _last(v, columns)) for i, (k, v) in picked.kv.items()})
+
+    def put(self, rows: Rows, other: Memory) -> Memory:
+        """This memory with ``other`` (one row per entry of ``rows``) in the place of these rows."""
+        if list(rows) == list(range(self.batch_size)):
+            return other
+        lengths = list(self.kv_lengths)
+        for row, length in zip(rows, other.kv_lengths, strict=True):
+            lengths[row] = length
+        columns = max(lengths)
+
+        def scatter(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+            if theirs is None:
+                return mine
+            if mine is None:
+                mine = theirs.new_zeros(self.batch_size, *theirs.shape[1:])
+            return mine.index_copy(0, torch.tensor(list(rows), device=theirs.device), theirs)
+
+        state = dict(self.state)
+        for key, layer in other.state.items():
+            old = state.get(key, LayerState())
+            state[key] = LayerState(scatter(old.conv, layer.conv), scatter(old.recurrent, layer.recurrent))
+        kv: dict[int, tuple[Tensor, Tensor]] = {}
+        for layer_index in self.kv.keys() | other.kv.keys() if columns else ():
+            pairs = []
+            for slot in (0, 1):
+                mine = self.kv[layer_index][slot] if layer_index in self.kv else None
+                theirs = other.kv[layer_index][slot] if layer_index in other.kv else None
+                if theirs is None:
+                    assert mine is not None
+                    theirs = mine.new_zeros(len(rows), mine.shape[1], 0, mine.shape[3])
+                mine = None if mine is None else _last(mine, columns)
+                merged = scatter(mine, _last(theirs, columns))
+                assert merged is not None
+                pairs.append(merged)
+            kv[layer_index] = (pairs[0], pairs[1])
+        return Memory(self.batch_size, state, kv, tuple(lengths))
+
+    def reenter(self, at_start: Memory, start: int, stop: int) -> Memory:
+        """This memory as another pass over layers [start, stop) of the same window must find it (contract 5, 6).
+
+        The matrix state goes on. Convolution inputs and keys are those before the window: a pass reads the window's
+        first token after the last token of the window before, not after the window's own last.
+        """
+        state = dict(self.state)
+        for key, layer in self.state.items():
+            if start <= key[0] < stop:
+                state[key] = LayerState(at_start.state.get(key, LayerState()).conv, layer.recurrent)
+        kv = {i: pair for i, pair in self.kv.items() if not start <= i < stop}
+        kv |= {i: pair for i, pair in at_start.kv.items() if start <= i < stop}
+        return replace(self, state=state, kv=kv)
+
+    def advance(self, lengths: Sequence[int], width: int) -> Memory:
+        """The memory after ``width`` columns were appended of which row r filled the first ``lengths[r]``."""
+        old = self.columns
+        total = tuple(before + new for before, new in zip(self.kv_lengths, lengths, strict=True))
+        columns = max(total, default=0)
+        if not self.kv or all(length == width for length in lengths):
+            kv = {i: (_last(k, columns), _last(v, columns)) for i, (k, v) in self.kv.items()}
+        else:
+            # Close the gap between a row's new entries and the right edge; what rolls in on the left is never read.
+            shift = torch.tensor([width - length for length in lengths])
+            source = (torch.arange(old + width - columns, old + width)[None, :] - shift[:, None]).clamp_(min=0)
+            kv = {i: (_gather(k, source), _gather(v, source)) for i, (k, v) in self.kv.items()}
+        return replace(self, kv=kv, kv_lengths=total)
+
+    def first_keys(self, counts: Sequence[int]) -> Memory:
+        """Only the oldest ``counts[r]`` entries of every row: what was retained when the open window began."""
+        counts = tuple(counts)
+        columns = max(counts, default=0)
+        if not columns or not self.kv:
+            return replace(self, kv={}, kv_lengths=(0,) * self.batch_size)
+        last = torch.tensor([self.columns - have + count for have, count in zip(self.kv_lengths, counts, strict=True)])
+        source = (last[:, None] - columns + torch.arange(columns)[None, :]).clamp_(min=0)
+        kv = {i: (_gather(k, source), _gather(v, source)) for i, (k, v) in self.kv.items()}
+        return replace(self, kv=kv, kv_lengths=counts)
+
+    def last_keys(self, count: int) -> Memory:
+        """Only the latest ``count`` entries of every row (0: none): eviction."""
+        lengths = tuple(min(length, count) for length in self.kv_lengths)
+        columns = max(lengths, default=0)
+        if not columns:
+            return replace(self, kv={}, kv_lengths=lengths)
+        if columns == self.columns:
+            return replace(self, kv_lengths=lengths)
+        # A copy, because a view would keep the evicted part alive.
+        kv = {i: (_last(k, columns).clone(), _last(v, columns).clone()) for i, (k, v) in self.kv.items()}
+        return replace(self, kv=kv, kv_lengths=lengths)
+
+
+def _last(tensor: Tensor, columns: int) -> Tensor:
+    """The last ``columns`` of [B, H, S, d], with zeros in front where there are fewer."""
+    missing = columns - tensor.shape[2]
+    if missing > 0:
+        return torch.nn.functional.pad(tensor, (0, 0, missing, 0))
+    return tensor if missing == 0 else tensor.narrow(2, -missing, columns)
+
+
+def _gather(tensor: Tensor, source: Tensor) -> Tensor:
+    """Columns ``source`` [B, S'] of [B, H, S, d], row by row."""
+    index = source.to(tensor.device)[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
+    return tensor.gather(2, index)

@@ -1,0 +1,404 @@
+"""SleepForCausalLM: a causal LM of transformers that sleeps. Ids in, logits and loss out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from sleepify import sleep as algorithm
+from sleepify.cache import SleepCache
+from sleepify.config import SleepConfig, check_positive
+from sleepify.defaults import resolve
+from sleepify.fast_weights import FastWeightLayer
+from sleepify.hosts import Host, host_class
+
+IGNORE = -100
+
+
+class SleepForCausalLM(PreTrainedModel, GenerationMixin):
+    """A base model that consolidates full windows of its context into fast weights.
+
+    Made by `sleepify.sleepify(base)` or loaded with ``from_pretrained``. Contains the base as ``language_model`` and
+    the inserted layers as ``fast_weights``.
+
+    Args:
+        config: how it sleeps, with the base's configuration inside.
+        language_model: the base; built from ``config.text_config`` if not given.
+    """
+
+    config_class = SleepConfig
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _no_split_modules: ClassVar[list[str]] = ["FastWeightLayer"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+
+    def __init__(self, config: SleepConfig, language_model: PreTrainedModel | None = None) -> None:
+        super().__init__(resolve(config))
+        if language_model is None:
+            language_model = AutoModelForCausalLM.from_config(config.text_config)
+        else:
+            # `post_init` must not draw new weights for a base that has its own.
+            for module in language_model.modules():
+                module._is_hf_initialized = True
+        self.language_model = language_model
+        inserted, width = config.fast_weights, config.text_config.hidden_size
+        self.fast_weights = nn.ModuleList(FastWeightLayer(inserted, width) for _ in inserted.layers)
+        # Layers of the base that recompute themselves drop the cache, and with it the state.
+        for module in language_model.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                module.gradient_checkpointing = False
+        self._recompute = config.checkpoint
+        described = json.dumps([config.text_config.to_dict(), config.fast_weights.to_dict()], sort_keys=True, default=str)
+        self._architecture = hashlib.sha256(described.encode()).hexdigest()[:12]
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, FastWeightLayer):
+            module.reset_parameters()
+
+    # --- parts -----------------------------------------------------------------------------------------------------
+
+    @property
+    def blocks(self) -> Host:
+        """The base and the inserted layers as the algorithm drives them."""
+        config = self.config
+        return host_class(config.text_config)(
+            self.language_model,
+            dict(zip(config.fast_weights.layers, self.fast_weights, strict=True)),
+            tuple(config.loop_range),
+            config.window_size if config.eviction == "sliding" else None,
+        )
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def unload(self) -> PreTrainedModel:
+        """The base model again, without sleep and without the inserted layers."""
+        return self.language_model
+
+    def freeze_base(self, frozen: bool = True) -> None:
+        """Train only what was inserted (or, with False, everything)."""
+        self.language_model.requires_grad_(not frozen)
+        self.fast_weights.requires_grad_(True)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trained, of how many."""
+        total = sum(parameter.numel() for parameter in self.parameters())
+        trained = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+        print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}")
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recompute per pass (or as ``config.checkpoint`` says), never re-entrant: layers of the base alone cannot,
+        because their state must come out of the recomputed part as its value."""
+        if gradient_checkpointing_kwargs and gradient_checkpointing_kwargs.get("use_reentrant"):
+            raise ValueError("expected use_reentrant=False, got True: the state crosses windows as a value")
+        self._recompute = "loop" if self.config.checkpoint == "none" else self.config.checkpoint
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep all activations."""
+        self._recompute = "none"
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether activations are recomputed."""
+        return self._recompute != "none"
+
+    # --- forward ---------------------------------------------------------------------------------------------------
+
+    def options(self, n_loops: int | None = None) -> algorithm.Options:
+        """How this model sleeps, with another N if given."""
+        config = self.config
+        return algorithm.Options(
+            n_loops=config.n_loops if n_loops is None else check_positive("n_loops", n_loops),
+            window_size=config.window_size,
+            sliding=config.eviction == "sliding",
+            checkpoint=self._recompute,
+            backprop_loops=config.backprop_loops,
+            backprop_windows=config.backprop_windows,
+            check_finite=config.check_finite,
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: SleepCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor | None = None,
+        n_loops: int | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+    ) -> CausalLMOutputWithPast:
+        """Read tokens, asleep where a window is full and awake where a prediction is asked for (§5, Alg. 1).
+
+        Args:
+            input_ids: [B, T].
+            attention_mask: [B, T], or [B, tokens of earlier calls + T]; 0 marks padding, on either side without a
+                cache, on the left with one.
+            past_key_values: a session to go on with; it is moved forward.
+            labels: [B, T], -100 where nothing is predicted. The loss is the mean over the others, or their sum over
+                ``num_items_in_batch``.
+            use_cache: return a session. By default where it is of use: one was given, or no loss is asked for in
+                evaluation.
+            logits_to_keep: logits of the last so many columns, or of the columns given; 0 for all. By default all
+                without labels and none with labels, since the loss needs only the supervised positions.
+            n_loops: another N for this call.
+            num_items_in_batch: what to divide the summed loss by (gradient accumulation).
+
+        Returns:
+            ``loss``, ``logits`` [B, columns, V] (0 at padding) and ``past_key_values``, each None if not asked for.
+
+        Raises:
+            ValueError: for shapes that do not fit, a cache of another model or batch, right padding with a cache.
+        """
+        tokens = _Tokens.align(input_ids, attention_mask, past_key_values)
+        if labels is not None and labels.shape != input_ids.shape:
+            raise ValueError(
+                f"expected labels of the shape of input_ids, {tuple(input_ids.shape)}, got {tuple(labels.shape)}"
+            )
+        if use_cache is None:
+            wanted_by_default = labels is None and not self.training and not tokens.right_padded
+            use_cache = past_key_values is not None or wanted_by_default
+        cache = past_key_values
+        if cache is None:
+            if use_cache and tokens.right_padded:
+                raise ValueError(
+                    "expected left-padded rows with a cache, got right-padded ones; "
+                    "set tokenizer.padding_side = 'left' or use_cache=False"
+                )
+            cache = SleepCache()
+        options = self.options(n_loops)
+        cache.bind(self._owner(), input_ids.shape[0], options.window_size, input_ids.device)
+
+        kept = tokens.columns(logits_to_keep, default_all=labels is None)
+        targets = None if labels is None else tokens.targets(labels)
+        wanted = tokens.aligned(kept)
+        if targets is not None:
+            wanted = wanted | (targets != IGNORE)
+        wanted = wanted.cpu()
+
+        blocks = self.blocks
+        readings = algorithm.read(blocks, cache, tokens.ids, tokens.lengths, wanted, options, keep=use_cache)
+        cache.columns += input_ids.shape[1]
+
+        rows = torch.cat([reading.rows for reading in readings]) if readings else torch.zeros(0, dtype=torch.long)
+        columns = torch.cat([reading.columns for reading in readings]) if readings else rows
+        if readings:
+            hidden = torch.cat([reading.hidden_states for reading in readings])
+        else:
+            hidden = self.get_input_embeddings().weight.new_zeros(0, self.config.text_config.hidden_size)
+        scores = blocks.logits(hidden)
+        rows, columns = rows.to(scores.device), columns.to(scores.device)
+        return CausalLMOutputWithPast(
+            loss=None if targets is None else _loss(scores, targets.to(scores.device)[rows, columns], num_items_in_batch),
+            logits=tokens.spread(scores, rows, columns, kept),
+            past_key_values=cache if use_cache else None,
+        )
+
+    def sleep(self, past_key_values: SleepCache, n_loops: int | None = None) -> SleepCache:
+        """Consolidate what is awake in a session now, also a window that is only part full (contract 2).
+
+        Args:
+            past_key_values: the session; it is moved forward and returned.
+            n_loops: another N for this sleep.
+        """
+        if past_key_values.owner is None:
+            raise ValueError("expected a cache that has read something, got an empty one; call the model with it first")
+        options = self.options(n_loops)
+        past_key_values.bind(
+            self._owner(), past_key_values.get_batch_size(), options.window_size, self.get_input_embeddings().weight.device
+        )
+        awake = [row for row, length in enumerate(past_key_values.open_lengths) if length]
+        algorithm.sleep(self.blocks, past_key_values, awake, options)
+        return past_key_values
+
+    def _owner(self) -> str:
+        """What a session must agree with: weights may be trained on, shapes and windows may not change."""
+        return f"{self._architecture}, L={self.config.window_size}, {self.config.eviction} eviction"
+
+    # --- generation ------------------------------------------------------------------------------------------------
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        given = model_kwargs.get("past_key_values")
+        if given is not None and not isinstance(given, SleepCache):
+            raise ValueError(f"expected past_key_values to be a SleepCache, got {type(given).__name__}")
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"expected cache_implementation=None, got {generation_config.cache_implementation!r}: "
+                "a sleeping model keeps its own SleepCache"
+            )
+        if given is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = SleepCache()
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; sleeps as windows fill. ``n_loops=`` may be given.
+
+        Raises:
+            ValueError: for assisted decoding, which would have to take tokens back out of the state.
+        """
+        generation_config = kwargs.get("generation_config")
+        lookup = kwargs.get("prompt_lookup_num_tokens", getattr(generation_config, "prompt_lookup_num_tokens", None))
+        if kwargs.get("assistant_model") is not None or lookup:
+            raise ValueError(
+                "expected greedy search, sampling or beam search, got assisted decoding: rejected tokens cannot be "
+                "taken back out of fast weights; drop assistant_model and prompt_lookup_num_tokens"
+            )
+        if "n_loops" in kwargs:
+            self.options(kwargs["n_loops"])
+        return super().generate(*args, **kwargs)
+
+    # --- files -----------------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: Any, fast_weights_only: bool = False, **kwargs: Any
+    ) -> None:
+        """As in transformers, written beside and renamed; with a model card.
+
+        Args:
+            save_directory: where to.
+            fast_weights_only: save the inserted layers alone, with the name, revision and fingerprint of the base.
+            args, kwargs: those of ``PreTrainedModel.save_pretrained``.
+        """
+        from sleepify.checkpoints import save
+
+        save(self, super().save_pretrained, save_directory, *args, fast_weights_only=fast_weights_only, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; a checkpoint of inserted weights fetches its base and checks that it is the right one."""
+        from sleepify.checkpoints import load
+
+        return load(cls, super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+
+    def push_to_hub(self, repo_id: str, fast_weights_only: bool = False, **kwargs: Any) -> str:
+        """Upload checkpoint and model card.
+
+        Args:
+            repo_id: "user/name".
+            fast_weights_only: as in `save_pretrained`.
+            kwargs: ``private``, ``token``, ``revision``, ``commit_message``, ``create_pr``, ``max_shard_size``.
+        """
+        from sleepify.checkpoints import push
+
+        return push(self, repo_id, fast_weights_only=fast_weights_only, **kwargs)
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """A padded batch as its rows: real tokens left-aligned, and the way back.
+
+    Attributes:
+        ids: [B, T], row r real in its first ``lengths[r]`` columns.
+        order: [B, T], the original column of each aligned one; None if none moved.
+    """
+
+    ids: Tensor
+    lengths: list[int]
+    order: Tensor | None
+    right_padded: bool
+
+    @classmethod
+    def align(cls, input_ids: Tensor, mask: Tensor | None, cache: SleepCache | None) -> _Tokens:
+        if input_ids.dim() != 2 or input_ids.shape[1] == 0 or input_ids.dtype not in (torch.long, torch.int):
+            raise ValueError(
+                f"expected input_ids [batch, tokens] of whole numbers, got {tuple(input_ids.shape)} of {input_ids.dtype}"
+            )
+        batch, width = input_ids.shape
+        if mask is None:
+            return cls(input_ids, [width] * batch, None, False)
+        past = 0 if cache is None else cache.columns
+        if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] not in (width, past + width):
+            expected = f"{(batch, width)}" + (f" or {(batch, past + width)}" if past else "")
+            raise ValueError(f"expected attention_mask of shape {expected}, got {tuple(mask.shape)}")
+        real = mask[:, -width:].bool()
+        counts = torch.cat([real.sum(1), real[:, :-1].gt(real[:, 1:]).any(1)]).tolist()
+        lengths, right_padded = counts[:batch], any(counts[batch:])
+        if right_padded and cache is not None:
+            raise ValueError(
+                "expected left-padded rows with a cache (as in generation), got right-padded ones; "
+                "set tokenizer.padding_side = 'left'"
+            )
+        if cache is None and (empty := [row for row, length in enumerate(lengths) if length == 0]):
+            raise ValueError(f"expected at least one real token per row, rows {empty} are all padding")
+        if all(length == width for length in lengths):
+            return cls(input_ids, lengths, None, False)
+        order = real.int().argsort(dim=1, descending=True, stable=True)
+        return cls(input_ids.gather(1, order), lengths, order, right_padded)
+
+    def real(self) -> Tensor:
+        """[B, T] bool, in aligned columns."""
+        width = self.ids.shape[1]
+        counts = torch.tensor(self.lengths, device=self.ids.device)[:, None]
+        return torch.arange(width, device=self.ids.device)[None, :] < counts
+
+    def targets(self, labels: Tensor) -> Tensor:
+        """The label of the token after each, [B, T], in aligned columns; -100 after the last."""
+        labels = labels if self.order is None else labels.gather(1, self.order)
+        labels = labels.masked_fill(~self.real(), IGNORE)
+        return torch.cat([labels[:, 1:], labels.new_full((labels.shape[0], 1), IGNORE)], 1)
+
+    def columns(self, keep: int | Tensor | None, default_all: bool) -> Tensor:
+        """Original columns whose logits are returned."""
+        every = torch.arange(self.ids.shape[1], device=self.ids.device)
+        if keep is None:
+            return every if default_all else every[:0]
+        if isinstance(keep, Tensor):
+            return every[keep.to(self.ids.device)]
+        return every if keep == 0 else every[-keep:]
+
+    def aligned(self, columns: Tensor) -> Tensor:
+        """Which aligned columns are among these original ones, and real: [B, T] bool."""
+        chosen = torch.zeros(self.ids.shape[1], dtype=torch.bool, device=self.ids.device)
+        chosen[columns] = True
+        if self.order is None:
+            return chosen.expand(self.ids.shape[0], -1)
+        return chosen[self.order] & self.real()
+
+    def spread(self, scores: Tensor, rows: Tensor, aligned: Tensor, columns: Tensor) -> Tensor | None:
+        """Logits [M, V] of aligned places into [B, columns, V], 0 where there is none."""
+        if columns.numel() == 0:
+            return None
+        batch, width = self.ids.shape
+        original = aligned if self.order is None else self.order.to(aligned.device)[rows, aligned]
+        place = torch.full((width,), -1, dtype=torch.long, device=scores.device)
+        place[columns.to(scores.device)] = torch.arange(columns.numel(), device=scores.device)
+        at = place[original]
+        kept = at >= 0
+        output = scores.new_zeros(batch, columns.numel(), scores.shape[-1])
+        return output.index_put((rows[kept], at[kept]), scores[kept])
+
+
+def _loss(scores: Tensor, targets: Tensor, num_items: int | Tensor | None) -> Tensor:
+    """Cross entropy in float32 over the places that have a target."""
+    total = nn.functional.cross_entropy(scores.float(), targets, ignore_index=IGNORE, reduction="sum")
+    if num_items is None:
+        num_items = (targets != IGNORE).sum().clamp_min(1)
+    elif isinstance(num_items, Tensor):
+        num_items = num_items.to(total.device)
+    return total / num_items

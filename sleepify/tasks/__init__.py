@@ -1,0 +1,7 @@
+"""Synthetic tasks that show what sleep is for: examples that are pure in ``(seed, split, index)``, and their scorer."""
+
+from sleepify.tasks.base import IGNORE, Example, Query, Split, score
+from sleepify.tasks.depo import Depo
+from sleepify.tasks.rule110 import Rule110
+
+__all__ = ["IGNORE", "Depo", "Example", "Query", "Rule110", "Split", "score"]

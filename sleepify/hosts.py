@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -251,7 +252,33 @@ class OuroHost(Host):
         return self.language_model(input_ids=input_ids, use_cache=False, exit_at_step=0).logits
 
 
-class Zamba2Host(Host):
+class ClampedMambaHost(Host):
+    """transformers clamps the time step of these Mamba-2 layers from below, but not when it reads a single token.
+
+    softplus is monotone, so the clamp is put before it: on the projection that the time step comes from.
+    """
+
+    def layer(self, index: int, hidden_states: Tensor, frame: Frame, cache: WindowCache) -> Tensor:
+        hooks = []
+        if hidden_states.shape[1] == 1 and self.kinds[index] in RECURRENT | BOTH:
+            for mixer in self.layers[index].modules():
+                if hasattr(mixer, "time_step_limit") and hasattr(mixer, "in_proj"):
+                    hooks.append(mixer.in_proj.register_forward_hook(partial(_clamp_step, mixer)))
+        try:
+            return super().layer(index, hidden_states, frame, cache)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _clamp_step(mixer: Any, _: nn.Module, __: Any, projected: Tensor) -> Tensor:
+    least = math.log(math.expm1(mixer.time_step_limit[0]))
+    n_heads = mixer.dt_bias.shape[0]
+    step = torch.maximum(projected[..., -n_heads:], (least - mixer.dt_bias).to(projected.dtype))
+    return torch.cat([projected[..., :-n_heads], step], -1)
+
+
+class Zamba2Host(ClampedMambaHost):
     """Zamba2's shared attention blocks read the embeddings again, and its layers are told which one they are."""
 
     def layer_arguments(self, index: int, frame: Frame, cache: WindowCache) -> dict[str, Any]:
@@ -279,7 +306,7 @@ FAMILIES: dict[str, type[Host]] = {
     "falcon_h1": Host,
     "bamba": Host,
     "granitemoehybrid": Host,
-    "nemotron_h": Host,
+    "nemotron_h": ClampedMambaHost,
     "zamba2": Zamba2Host,
     "jet_nemotron": Host,
     "ouro": OuroHost,
@@ -349,7 +376,7 @@ def verify(host: Host) -> None:
     try:
         expected = host.base_logits(ids).float()
         memory, pieces = Memory(2), []
-        for piece in (ids[:, : n_tokens // 2], ids[:, n_tokens // 2 :]):
+        for piece in ids.split([n_tokens - n_tokens // 2 - 1, n_tokens // 2, 1], dim=1):
             if piece.shape[1]:
                 lengths, first = (piece.shape[1],) * 2, (memory.columns,) * 2
                 hidden, frame = host.open(piece, lengths, first, memory, keep_keys=True)

@@ -18,7 +18,7 @@ from sleepify import sleep as algorithm
 from sleepify.cache import SleepCache
 from sleepify.config import SleepConfig, check_positive
 from sleepify.defaults import resolve
-from sleepify.fast_weights import FastWeightLayer
+from sleepify.fast_weights import LAYERS, FastWeightLayer
 from sleepify.hosts import Host, host_class
 
 IGNORE = -100
@@ -56,7 +56,10 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
                 module._is_hf_initialized = True
         self.language_model = language_model
         inserted, width = config.fast_weights, config.text_config.hidden_size
-        self.fast_weights = nn.ModuleList(FastWeightLayer(inserted, width) for _ in inserted.layers)
+        mixer = LAYERS[inserted.rule]
+        self.fast_weights = nn.ModuleList(
+            FastWeightLayer(mixer.from_config(inserted, width), inserted.norm_eps) for _ in inserted.layers
+        )
         # Layers of the base that recompute themselves drop the cache, and with it the state.
         for module in language_model.modules():
             if getattr(module, "gradient_checkpointing", False):
@@ -65,6 +68,11 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         described = json.dumps([config.text_config.to_dict(), config.fast_weights.to_dict()], sort_keys=True, default=str)
         self._architecture = hashlib.sha256(described.encode()).hexdigest()[:12]
         self.post_init()
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """A base may have experts; whether it can is its own to say."""
+        return True
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, FastWeightLayer):

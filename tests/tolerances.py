@@ -22,6 +22,10 @@ EXACT = Tolerance(1e-10, 1e-9)
 EXACT_GRAD = Tolerance(1e-9, 1e-8)
 # float32 against the published reference implementations (fixtures): what those differ among their own backends.
 PARITY = Tolerance(1e-4, 1e-5)
+# float32 against float64 or another order of the same few hundred products of size 1.
+FLOAT32 = Tolerance(1e-5, 1e-5)
+# bfloat16 results (8 bits) that passed through two or three roundings.
+BFLOAT16 = Tolerance(2**-5, 2**-5)
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: Tolerance, what: str = "") -> None:

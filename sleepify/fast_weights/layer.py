@@ -8,39 +8,24 @@ giving Ouro fast weights (§6.3): Jet layers without MLP between the pretrained 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor, nn
 
-from sleepify.fast_weights.gated_delta_net import GatedDeltaNet
-from sleepify.fast_weights.jet_block import JetBlock
-from sleepify.fast_weights.mamba2 import Mamba2
 from sleepify.fast_weights.mixer import FastWeightState, Mixer
 from sleepify.fast_weights.parts import RMSNorm
 
-if TYPE_CHECKING:
-    from sleepify.config import FastWeightConfig
-
-LAYERS: dict[str, type[Mixer]] = {"gdn": GatedDeltaNet, "jet": JetBlock, "mamba2": Mamba2}
-
 
 class FastWeightLayer(nn.Module):
-    """``h + mixer(norm(h))`` with the mixer that ``config.rule`` names.
+    """``h + mixer(norm(h))``.
 
     Args:
-        config: rule and sizes; ``num_heads`` and ``head_dim`` must be set.
-        hidden_size: D of the decoder.
-
-    Raises:
-        ValueError: a rule that is not in ``LAYERS``, or sizes that do not fit.
+        mixer: one of ``sleepify.fast_weights.LAYERS``; its output projection is set to zero.
+        norm_eps: epsilon of the input norm.
     """
 
-    def __init__(self, config: FastWeightConfig, hidden_size: int) -> None:
+    def __init__(self, mixer: Mixer, norm_eps: float) -> None:
         super().__init__()
-        if config.rule not in LAYERS:
-            raise ValueError(f"expected a rule among {', '.join(LAYERS)}, got {config.rule!r}")
-        self.norm = RMSNorm(hidden_size, config.norm_eps)
-        self.mixer = LAYERS[config.rule].from_config(config, hidden_size)
+        self.norm = RMSNorm(mixer.hidden_size, norm_eps)
+        self.mixer = mixer
         nn.init.zeros_(self.o_proj.weight)
 
     @property

@@ -63,8 +63,6 @@ class Mixer(nn.Module, ABC):
         self.g_proj = nn.Linear(hidden_size, self.value_width, bias=False)
         self.A_log = nn.Parameter(torch.empty(num_heads))
         self.dt_bias = nn.Parameter(torch.empty(num_heads))
-        for parameter in (self.A_log, self.dt_bias):
-            parameter._no_weight_decay = True  # type: ignore[attr-defined]
         self.o_norm = GatedRMSNorm(self.value_dim, norm_eps)
         self.o_proj = nn.Linear(self.value_width, hidden_size, bias=False)
         self._reset_decay()
@@ -93,6 +91,8 @@ class Mixer(nn.Module, ABC):
         step = torch.empty_like(self.dt_bias, dtype=torch.float32).uniform_(math.log(1e-3), math.log(0.1)).exp()
         assign(self.A_log, decay.log())
         assign(self.dt_bias, step + torch.log(-torch.expm1(-step)))
+        for parameter in (self.A_log, self.dt_bias):
+            parameter._no_weight_decay = True  # type: ignore[attr-defined]
 
     def forward(
         self,

@@ -117,13 +117,13 @@ def _reference(
     dtype = chunking.accumulation_dtype(x)
     _check(x, kernels.shape[-1], state, lengths, activation)
     window = x.new_zeros(x.shape[0], x.shape[2], kernels.shape[-1]) if state is None else state.to(x.dtype)
-    outputs = []
+    last, outputs = window, []
     for t in range(x.shape[1]):
-        shifted = torch.cat([window[..., 1:], x[:, t].unsqueeze(-1)], dim=-1)
-        y = (kernels[:, t].to(dtype) * shifted.to(dtype)).sum(-1) + (0 if bias is None else bias.to(dtype))
+        window = torch.cat([window[..., 1:], x[:, t].unsqueeze(-1)], dim=-1)
+        y = (kernels[:, t].to(dtype) * window.to(dtype)).sum(-1) + (0 if bias is None else bias.to(dtype))
         outputs.append(_activate(y, activation).to(x.dtype))
-        window = shifted if lengths is None else torch.where((t < lengths)[:, None, None], shifted, window)
-    return torch.stack(outputs, dim=1), window
+        last = window if lengths is None else torch.where((t < lengths)[:, None, None], window, last)
+    return torch.stack(outputs, dim=1), last
 
 
 def _check(x: Tensor, width: int, state: Tensor | None, lengths: Tensor | None, activation: str | None) -> None:

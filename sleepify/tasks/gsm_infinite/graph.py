@@ -313,12 +313,12 @@ def _raise_degrees(
             continue
         linked = needs[parameter]
         number = rng.randint(1, 2) if counts[parameter] == 1 else counts[parameter] + 1
-        pool = [p for p in order[:position] if p not in linked]
+        used = {_written(p) for p in linked}
+        pool = [p for p in order[:position] if _written(p) not in used]
         number = min(number, MOST_SOURCES, position + 1) - len(linked)
         literal = number > 0 and (number == len(pool) + 1 or rng.random() < 0.5)
         drawn = rng.sample(pool, min(len(pool), max(0, number - literal)))
-        named = [Parameter(Kind.AVERAGE, p.place, p.thing) if p.kind is Kind.MIRROR else p for p in [*linked, *drawn]]
-        sources = list(dict.fromkeys(named))
+        sources = list(dict.fromkeys(map(_written, [*linked, *drawn])))
         rng.shuffle(sources)
         result[parameter] = (sources, literal or not sources)
     return result
@@ -359,9 +359,12 @@ def _add_distractors(
 
 def named_parts(structure: Structure, parameter: Parameter) -> list[Parameter]:
     """The written parameters that a total is made of: counts, or counts and averages in turn."""
-    return [
-        Parameter(Kind.AVERAGE, p.place, p.thing) if p.kind is Kind.MIRROR else p for p in structure.parts(parameter)
-    ]
+    return [_written(p) for p in structure.parts(parameter)]
+
+
+def _written(parameter: Parameter) -> Parameter:
+    """The parameter under whose name this one appears: a mirror's average, else itself."""
+    return Parameter(Kind.AVERAGE, *parameter[1:]) if parameter.kind is Kind.MIRROR else parameter
 
 
 def evaluate(

@@ -403,8 +403,9 @@ class _Tokens:
 
 
 def _loss(scores: Tensor, targets: Tensor, num_items: int | Tensor | None) -> Tensor:
-    """Cross entropy in float32 over the places that have a target."""
-    total = nn.functional.cross_entropy(scores.float(), targets, ignore_index=IGNORE, reduction="sum")
+    """Cross entropy, in float32 at least, over the places that have a target."""
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    total = nn.functional.cross_entropy(scores, targets, ignore_index=IGNORE, reduction="sum")
     if num_items is None:
         num_items = (targets != IGNORE).sum().clamp_min(1)
     elif isinstance(num_items, Tensor):

@@ -116,12 +116,16 @@ def wake(
     return hidden, now.advance(window.lengths, window.input_ids.shape[1])
 
 
-def sleep(blocks: Blocks, cache: SleepCache, rows: Sequence[int], options: Options) -> None:
-    """Consolidate what is awake in these rows of a cache, full window or not (contract 2)."""
+def sleep(blocks: Blocks, cache: SleepCache, rows: Sequence[int], options: Options, gradient: bool = True) -> None:
+    """Consolidate what is awake in these rows of a cache, full window or not (contract 2).
+
+    Without ``gradient`` the memory that these rows wake up with is a constant; that of other rows is as it was.
+    """
     for group in _groups(rows, [cache.open_lengths[row] for row in rows], together=blocks.masks_padding):
         window = cache.open_window(group, options.sliding)
         before = cache.before_window(group)
-        after = options.recompute("window", consolidate, blocks, window, before, options)
+        with nullcontext() if gradient else torch.no_grad():
+            after = options.recompute("window", consolidate, blocks, window, before, options)
         if options.check_finite:
             for key, layer in after.state.items():
                 if not all(tensor is None or bool(torch.isfinite(tensor).all()) for tensor in layer):
@@ -167,8 +171,7 @@ def read(
     while rows := [row for row, length in enumerate(lengths) if done[row] < length]:
         full = [row for row in rows if cache.open_lengths[row] == options.window_size]
         for group in _groups(full, [_has_gradient(sleeps_left[row], options) for row in full]):
-            with nullcontext() if _has_gradient(sleeps_left[group[0]], options) else torch.no_grad():
-                sleep(blocks, cache, group, options)
+            sleep(blocks, cache, group, options, gradient=_has_gradient(sleeps_left[group[0]], options))
         for row in full:
             sleeps_left[row] -= 1
 

@@ -9,12 +9,14 @@ import torch
 from safetensors.torch import load_file
 from tolerances import EXACT, EXACT_GRAD, PARITY, assert_close
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sleepify.models import JetNemotronConfig, JetNemotronForCausalLM, JetNemotronModel
 
 FIXTURE = Path(__file__).parent / "fixtures" / "jet_nemotron"
 CASES = load_file(FIXTURE / "cases.safetensors")
 JET_LAYERS = (0, 1, 3, 5)
+WINDOW_8 = {"efficient_attention_config": {"swa": {"window_size": 8}}}
 # fields of the config and of its "jet" block, window, parameters, tensors, an attention layer, and for the first jet
 # layer: heads, key width, value width, generator width, model width
 PUBLISHED = {
@@ -30,7 +32,8 @@ PUBLISHED = {
             "num_hidden_layers": 36,
             "num_attention_heads": 16,
             "layer_types": [
-                "attn" if i in (17, 20, 32) else "swa" if i in (5, 16, 19, 21, 22, 25, 27) else "jet" for i in range(36)
+                {17: "attn", 20: "attn", 32: "attn"}.get(i, "swa" if i in (5, 16, 19, 21, 22, 25, 27) else "jet")
+                for i in range(36)
             ],
         },
         {"num_heads": 16, "head_dim": 128, "expand_v": 2},
@@ -147,10 +150,10 @@ def test_published_sizes(name):
 
 def test_layer_types_in_every_form():
     ours = ["linear_attention", "sliding_attention", "full_attention"]
-    efficient = {"swa": {"window_size": 8}}
     for given in (["jet", "swa", "attn"], "['jet', 'swa', 'attn']", ours, ["jet", "sliding_attention", "attn"]):
-        config = JetNemotronConfig(num_hidden_layers=3, layer_types=given, efficient_attention_config=efficient)
+        config = JetNemotronConfig(num_hidden_layers=3, layer_types=given, **WINDOW_8)
         assert (config.layer_types, config.sliding_window) == (ours, 8)
+    assert small(jet={"norm_eps": "1e-3"}).model.layers[0].self_attn.o_norm.eps == 1e-3
     assert JetNemotronConfig(num_hidden_layers=2).layer_types == ["full_attention"] * 2
     assert JetNemotronConfig(num_hidden_layers=2).sliding_window is None
 
@@ -164,15 +167,7 @@ def test_layer_types_in_every_form():
         ({"layer_types": ["jet", "swa"]}, ValueError, "window of at least 2 tokens"),
         ({"layer_types": ["jet", "swa"], "sliding_window": 1}, ValueError, "got 1"),
         ({"efficient_attention_config": {"jet": {"conv_sise": 4}}}, TypeError, "conv_sise"),
-        (
-            {
-                "layer_types": ["swa", "swa"],
-                "sliding_window": 4,
-                "efficient_attention_config": {"swa": {"window_size": 8}},
-            },
-            ValueError,
-            "contradicts",
-        ),
+        ({"layer_types": ["swa", "swa"], "sliding_window": 4, **WINDOW_8}, ValueError, "contradicts"),
     ],
 )
 def test_config_refuses(fields, error, message):
@@ -187,7 +182,10 @@ def test_config_refuses(fields, error, message):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_logits_hidden_states_and_states(attention):
     model, ids = load(attn_implementation=attention), CASES["input_ids"]
+    last = []  # transformers' last hidden state is already normalised
+    model.model.layers[-1].register_forward_hook(lambda module, args, output: last.append(output))
     out = model(ids, output_hidden_states=True, use_cache=True)
+    assert_close(last[0][0], CASES["hidden_row0.layer.5"], PARITY, "layer.5")
     assert_close(out.logits, CASES["logits_full"], PARITY, "logits")
     names = ["embed", *(f"layer.{i}" for i in range(5)), "final_norm"]
     assert len(out.hidden_states) == len(names)
@@ -205,15 +203,6 @@ def check_states(cache, prefix):
             # transformers keeps window - 1 keys of a sliding layer, the published cache one more.
             expected = CASES[f"{prefix}.{i}.{name}"][:, :, 1 if i == 4 else 0 :]
             assert_close(got, expected, PARITY, f"{name} {i}")
-
-
-@torch.no_grad()
-def test_last_layer_before_the_final_norm(model):
-    states = []
-    hook = model.model.layers[-1].register_forward_hook(lambda module, args, output: states.append(output))
-    model(CASES["input_ids"])
-    hook.remove()
-    assert_close(states[0][0], CASES["hidden_row0.layer.5"], PARITY, "layer 5")
 
 
 @torch.no_grad()
@@ -261,6 +250,19 @@ def test_loss_and_every_gradient(train):
     assert_close(halved * 2, CASES["loss"][0], PARITY, "loss over a given number of items")
 
 
+def test_attention_is_told_its_window(monkeypatch):
+    """Flash attention takes no mask for it."""
+    windows = []
+
+    def spy(module, query, key, value, attention_mask, sliding_window, **kwargs):
+        windows.append(sliding_window)
+        return query.transpose(1, 2), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "spy", spy)
+    small(attention="spy")(torch.arange(8)[None])
+    assert windows == [5, None]
+
+
 # ---- the cache as the decoder layer uses it
 
 
@@ -297,8 +299,7 @@ def test_what_was_read_from_the_cache_is_not_written_to(model):
 def test_bfloat16_keeps_the_matrix_in_float32():
     model = load(dtype=torch.bfloat16)
     cache = model(CASES["input_ids"][:, :9], use_cache=True).past_key_values
-    for tokens in (CASES["input_ids"][:, 9:10], CASES["input_ids"][:, 10:15]):
-        model(tokens, past_key_values=cache)
+    model(CASES["input_ids"][:, 9:10], past_key_values=cache)
     assert {cache.get_recurrent_state(i).dtype for i in JET_LAYERS} == {torch.float32}
     assert {cache.get_conv_state(i).dtype for i in JET_LAYERS} == {torch.bfloat16}
 
@@ -385,9 +386,7 @@ def test_sampling_and_beams_do_not_depend_on_the_cache(settings):
 
 def test_initialisation_of_the_jet_blocks():
     torch.manual_seed(0)
-    config = JetNemotronConfig(
-        vocab_size=11, num_hidden_layers=1, layer_types=["jet"], hidden_size=256, num_attention_heads=2
-    )
+    config = JetNemotronConfig(vocab_size=11, num_hidden_layers=1, layer_types=["jet"])
     block = JetNemotronForCausalLM(config).model.layers[0].self_attn
     generator = block.dynamic_conv1d.kernel_generator
     assert not generator.w2.weight.any()

@@ -93,11 +93,6 @@ def test_published_sizes(n_layers, n_parameters, n_tensors):
         num_attention_heads=16,
         num_key_value_heads=16,
         head_dim=128,
-        layer_types=["full_attention"] * n_layers,
-        rope_theta=1e6,
-        rope_scaling=None,
-        use_sliding_window=False,
-        max_window_layers=n_layers,
     )
     with torch.device("meta"):
         tensors = OuroForCausalLM(config).state_dict()
@@ -110,7 +105,6 @@ def test_published_sizes(n_layers, n_parameters, n_tensors):
         "lm_head.weight": (49152, 2048),
         layer + "self_attn.o_proj.weight": (2048, 2048),
         layer + "mlp.down_proj.weight": (2048, 5632),
-        layer + "input_layernorm_2.weight": (2048,),
         layer + "post_attention_layernorm_2.weight": (2048,),
     }
     assert {key: tuple(tensors[key].shape) for key in expected} == expected
@@ -190,6 +184,8 @@ def test_threshold_one_is_the_last_pass_in_bfloat16():
     last = model(CASES["input_ids"], exit_at_step=N_LOOPS - 1).logits
     assert torch.equal(model(CASES["input_ids"]).logits, last)
     assert not torch.equal(model(CASES["input_ids"], exit_threshold=0.999).logits, last)
+    loops = model.model(CASES["input_ids"], output_loop_states=True).loop_hidden_states
+    assert (model.model.exit_steps(loops, 1.0) == N_LOOPS - 1).all()
 
 
 # ---- loss and gradients
@@ -311,6 +307,11 @@ def test_a_cache_of_other_passes_is_refused():
     model.config.total_ut_steps = 4
     with pytest.raises(ValueError, match="was not filled by 4 passes over 2 layers"):
         model(ids, past_key_values=cache)
+    model.config.total_ut_steps = 2
+    model(ids, past_key_values=cache)  # the two first passes are all there
+    model.config.total_ut_steps = 3
+    with pytest.raises(ValueError, match="was not filled by 3 passes over 2 layers"):
+        model(ids, past_key_values=cache)
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model()
 
@@ -322,12 +323,8 @@ SHAPES = {
     "grouped": {},
     "one kv head, wide heads": {"num_key_value_heads": 1, "head_dim": 16},
     "one pass": {"total_ut_steps": 1, "num_key_value_heads": 4},
-    "five passes, tied, eps, theta": {
-        "total_ut_steps": 5,
-        "tie_word_embeddings": True,
-        "rms_norm_eps": 1e-3,
-        "rope_theta": 100.0,
-    },
+    "five passes, tied": {"total_ut_steps": 5, "tie_word_embeddings": True},
+    "eps, theta": {"rms_norm_eps": 1e-3, "rope_theta": 100.0},
 }
 
 
@@ -387,7 +384,7 @@ def test_layers_called_by_hand_use_their_own_slot(model):
     assert_close(model.lm_head(decoder.norm(hidden)), CASES["u1.logits"], PARITY, "one pass by hand")
 
 
-def test_norm_casts_before_the_weight():
+def test_norm_casts_before_the_weight_and_keeps_float64():
     norm = OuroRMSNorm(64, 1e-6).to(torch.bfloat16)
     torch.manual_seed(0)
     norm.weight.data.uniform_(0.5, 1.5)
@@ -395,3 +392,6 @@ def test_norm_casts_before_the_weight():
     unit = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
     assert torch.equal(norm(x), norm.weight * unit.bfloat16())
     assert not torch.equal(norm(x), (norm.weight.float() * unit).bfloat16())
+    x = torch.randn(4, 64, dtype=torch.float64)
+    expected = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight.double()
+    assert_close(norm.double()(x), expected, EXACT, "float64")

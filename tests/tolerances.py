@@ -24,6 +24,8 @@ EXACT_GRAD = Tolerance(1e-9, 1e-8)
 PARITY = Tolerance(1e-4, 1e-5)
 # float32 against float64 or another order of the same few hundred products of size 1.
 FLOAT32 = Tolerance(1e-5, 1e-5)
+# The same as a relative error in norm, where single entries do not matter: a few units of float32's 6e-8.
+ROUNDING32 = 1e-6
 # bfloat16 results (8 bits) that passed through two or three roundings.
 BFLOAT16 = Tolerance(2**-5, 2**-5)
 

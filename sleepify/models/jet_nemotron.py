@@ -311,10 +311,11 @@ class JetNemotronModel(JetNemotronPreTrainedModel):
             position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None] + n_past
         masks = attention_mask
         if not isinstance(masks, dict):  # else made beforehand by generate
-            make = {kind: MASKS[kind] for kind in sorted(set(layer_types))}
+            given = (self.config, hidden_states, attention_mask, past_key_values)
             masks = {
-                kind: mask(self.config, hidden_states, attention_mask, past_key_values, position_ids=position_ids)
-                for kind, mask in make.items()
+                # Left to itself, transformers before 5.23 reads the lengths off a layer of another kind.
+                kind: MASKS[kind](*given, position_ids=position_ids, layer_idx=layer_types.index(kind))
+                for kind in sorted(set(layer_types))
             }
         kwargs |= {
             "position_ids": position_ids,

@@ -362,7 +362,7 @@ class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
         """
         step = self.config.early_exit_step if exit_at_step is None else exit_at_step
         threshold = self.config.early_exit_threshold if exit_threshold is None else exit_threshold
-        by_step = labels is None and step is not None and 0 <= step < self.config.total_ut_steps
+        by_step = step is not None and 0 <= step < self.config.total_ut_steps
         threshold = None if by_step or labels is not None else threshold
         expected = labels is not None or (use_weighted_exit and not by_step and threshold is None)
         if use_weighted_exit and not expected:

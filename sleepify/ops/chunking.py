@@ -88,12 +88,12 @@ def join(x: Tensor, batch: int, n_tokens: int) -> Tensor:
     return x.reshape(batch, n_chunks * length, rows // batch, width)[:, :n_tokens]
 
 
-def decay_matrix(total: Tensor) -> Tensor:
-    """exp(total_i - total_j) for j <= i, else 0: how much of token j is left at token i. [..., C] -> [..., C, C].
+def decay_matrix(g: Tensor) -> Tensor:
+    """exp(g_{j+1} + ... + g_i) for j <= i, else 0: how much of token j is left at token i. [..., C] -> [..., C, C].
 
-    The upper triangle is masked before the exponential: there the difference is positive, would overflow under strong
-    decay, and 0 * inf would turn its gradient into nan.
+    Each entry sums its own decays: a difference of two running sums would cancel after a strong decay. The upper
+    triangle is set before the exponential, so that no gradient is 0 * inf.
     """
-    length = total.shape[-1]
-    future = torch.ones(length, length, dtype=torch.bool, device=total.device).triu(1)
-    return (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(future, float("-inf")).exp()
+    future = torch.ones(g.shape[-1], g.shape[-1], dtype=torch.bool, device=g.device).triu(1)
+    sums = g.unsqueeze(-1).expand(*g.shape, g.shape[-1]).masked_fill(~future.mT, 0).cumsum(-2)
+    return sums.masked_fill(future, float("-inf")).exp()

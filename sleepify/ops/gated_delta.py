@@ -128,10 +128,8 @@ def gated_delta_chunked(
         q, k, v, g, beta = (chunking.split(x, n_chunks, length, dtype) for x in (q, k, v, g, beta))
         if qk_l2norm:
             q, k = chunking.l2norm(q), chunking.l2norm(k)
-        total = g.cumsum(-1)
-        decay = chunking.decay_matrix(total)
-        since_start = total.exp().unsqueeze(-1)
-        until_end = (total[..., -1:] - total).exp().unsqueeze(-1)
+        decay = chunking.decay_matrix(g)
+        since_start, until_end = g.cumsum(-1).exp().unsqueeze(-1), decay[..., -1, :].unsqueeze(-1)
 
         k_beta = k * beta.unsqueeze(-1)
         inverse = UnitLowerInverse.apply((k_beta @ k.mT) * decay)

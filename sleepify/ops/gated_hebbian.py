@@ -82,13 +82,12 @@ def gated_hebbian_chunked(
         q, k, v, g, beta = (chunking.split(x, n_chunks, length, dtype) for x in (q, k, v, g, beta))
         if qk_l2norm:
             q, k = chunking.l2norm(q), chunking.l2norm(k)
-        total = g.cumsum(-1)
-        since_start = total.exp().unsqueeze(-1)
-        until_end = (total[..., -1:] - total).exp().unsqueeze(-1)
+        decay = chunking.decay_matrix(g)
+        since_start, until_end = g.cumsum(-1).exp().unsqueeze(-1), decay[..., -1, :].unsqueeze(-1)
         v, q = v * beta.unsqueeze(-1), q * scale
         starts = []
         for write_c, decay_c in zip(((k * until_end).mT @ v).unbind(0), since_start[:, :, -1:].unbind(0), strict=True):
             starts.append(s)
             s = torch.addcmul(write_c, s, decay_c)
-        o = (q * since_start) @ torch.stack(starts) + ((q @ k.mT) * chunking.decay_matrix(total)) @ v
+        o = (q * since_start) @ torch.stack(starts) + ((q @ k.mT) * decay) @ v
         return chunking.join(o, batch, n_tokens).to(out_dtype), s.view(batch, heads, key_dim, value_dim)

@@ -55,7 +55,7 @@ class Parsed:
     """Every sentence of a problem.
 
     Args:
-        statements: per quantity its defining sentences, in the order of the text (more than one only where a value is told).
+        statements: per quantity its sentences, in the order of the text (more than one where its value is told too).
         unknowns: quantities said to be greater than 0, nothing more.
         query: what the question asks for.
     """
@@ -192,6 +192,7 @@ class _Reader:
     defined: dict[Name, Statement] = field(default_factory=dict)
     told: dict[Name, int] = field(default_factory=dict)
     _open: set[Name] = field(default_factory=set)
+    _twice: set[Name] = field(default_factory=set)
     _things: dict[str, list[str]] = field(default_factory=dict)
     _averages: set[str] = field(default_factory=set)
 
@@ -204,7 +205,7 @@ class _Reader:
                 if literal and (told or len(statements) > 1 and name not in self.told):
                     self.told[name] = statement.constant or 0
                 elif told or name in self.defined:
-                    raise UnsolvableError(f"{' '.join(name)!r} is defined twice")
+                    self._twice.add(name)
                 else:
                     self.defined[name] = statement
         for name in self.parsed.names():
@@ -237,6 +238,8 @@ class _Reader:
         return self.values[name]
 
     def _work_out(self, name: Name) -> Polynomial:
+        if name in self._twice:
+            raise UnsolvableError(f"{' '.join(name)!r} is defined twice")
         if name in self.parsed.unknowns:
             return (Fraction(0), Fraction(1))
         if name.kind == "total ":

@@ -1,0 +1,80 @@
+"""SleepTrainingArguments: transformers' arguments, and what training a sleeping model adds to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+OPTIMIZERS = ("muon", "adamw")
+TRAINED = ("all", "fast_weights")
+
+
+@dataclass
+class SleepTrainingArguments(TrainingArguments):
+    """Arguments of `SleepTrainer`. ``learning_rate`` and ``optim`` of transformers are not used.
+
+    Raises:
+        ValueError: for a value that training cannot work with, naming the field.
+    """
+
+    optimizer: str = field(
+        default="muon",
+        metadata={"help": "'muon': Muon for hidden matrices and AdamW for the rest; 'adamw': AdamW for all."},
+    )
+    muon_learning_rate: float = field(
+        default=1e-3, metadata={"help": "Learning rate of hidden matrices (the paper: 1e-3, from scratch 2e-3)."}
+    )
+    adamw_learning_rate: float = field(
+        default=5e-5, metadata={"help": "Learning rate of embeddings, head, norms, biases and gates."}
+    )
+    muon_momentum: float = field(default=0.95, metadata={"help": "Momentum of Muon (Nesterov)."})
+    loops_schedule: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Numbers of loops to draw N from, anew in every optimiser step, so that one checkpoint serves them "
+            "all. A number listed twice comes twice as often. Default: the model's n_loops in every step."
+        },
+    )
+    skip_nonfinite: bool = field(
+        default=True, metadata={"help": "Skip an update whose loss or gradient is NaN or infinite, and count it."}
+    )
+    max_nonfinite_steps: int = field(
+        default=5, metadata={"help": "Stop when so many updates in a row had to be skipped."}
+    )
+    train_only: str | None = field(
+        default=None,
+        metadata={
+            "help": "'fast_weights': freeze the base; 'all': freeze nothing. Default: train what requires a gradient."
+        },
+    )
+    include_num_input_tokens_seen: str | bool = field(
+        default="non_padding", metadata={"help": "Count tokens read, and so tokens per second; padding is none."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"expected optimizer to be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
+        if self.train_only is not None and self.train_only not in TRAINED:
+            raise ValueError(f"expected train_only to be one of {', '.join(TRAINED)}, got {self.train_only!r}")
+        for name in ("muon_learning_rate", "adamw_learning_rate"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"expected {name} to be 0 or more, got {getattr(self, name)!r}")
+        if not 0 <= self.muon_momentum < 1:
+            raise ValueError(f"expected muon_momentum from 0 to below 1, got {self.muon_momentum!r}")
+        if self.loops_schedule is not None:
+            loops = self.loops_schedule
+            if not loops or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in loops):
+                raise ValueError(f"expected loops_schedule to list whole numbers of at least 1, got {loops!r}")
+        if self.max_nonfinite_steps < 1:
+            raise ValueError(f"expected max_nonfinite_steps of at least 1, got {self.max_nonfinite_steps}")
+        if self.fp16:
+            raise ValueError(
+                "expected bf16=True or full precision, got fp16=True: the state outgrows its range; use bf16"
+            )
+        if self.enable_jit_checkpoint:
+            raise ValueError(
+                "expected enable_jit_checkpoint=False, got True: SleepTrainer saves on SIGTERM itself, on all ranks in "
+                "the same step; drop the option"
+            )

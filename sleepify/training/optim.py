@@ -1,0 +1,156 @@
+"""Muon for hidden matrices, AdamW for everything else, as one optimiser.
+
+Muon orthogonalises a matrix's momentum, which makes sense for a matrix that maps hidden vectors to hidden vectors. Rows
+of embeddings and heads belong to tokens, and a gate's to one number each: those are AdamW's, as the paper has it (§6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from sleepify.training.arguments import SleepTrainingArguments
+
+NamedParameters = list[tuple[str, nn.Parameter]]
+
+# Modules whose 2-D weight makes a number per head, expert or channel and no hidden vector: decays, write strengths,
+# routers, exit gates.
+GATES = frozenset(
+    {"a_proj", "b_proj", "in_proj_a", "in_proj_b", "in_proj_ba", "dt_proj", "x_proj"}
+    | {"gate", "router", "shared_expert_gate", "early_exit_gate"}
+)
+
+
+def split_parameters(model: nn.Module) -> tuple[NamedParameters, NamedParameters]:
+    """Who trains which parameter: (Muon's, AdamW's), each a list of (name, parameter) in the model's order.
+
+    Muon gets the trainable 2-D weights except those of embeddings, the head, gates and low-rank adapters (whose step
+    size Muon's scaling by shape does not fit). Stacked experts and convolutions are 3-D and AdamW's.
+
+    Raises:
+        ValueError: if nothing is trainable, or nothing is left for Muon.
+    """
+    outside = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        module = getattr(model, getter, lambda: None)()
+        outside |= set() if module is None else {id(p) for p in module.parameters()}
+
+    muon: NamedParameters = []
+    adamw: NamedParameters = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_hidden = len(_shape(parameter)) == 2 and id(parameter) not in outside and not _is_special(name)
+            (muon if is_hidden else adamw).append((name, parameter))
+    if not muon and not adamw:
+        raise ValueError("expected parameters to train, found none that requires a gradient; see model.freeze_base()")
+    if not muon:
+        names = ", ".join(name for name, _ in adamw[:3])
+        raise ValueError(
+            f"expected hidden matrices for Muon, found none among the {len(adamw)} trainable parameters ({names}...); "
+            "use optimizer='adamw', or train the inserted layers or the base too"
+        )
+    return muon, adamw
+
+
+def parameter_groups(model: nn.Module, args: SleepTrainingArguments) -> list[dict[str, Any]]:
+    """Groups for an optimiser, each with its ``algorithm``, ``lr`` and ``weight_decay``; prints the split."""
+    if args.optimizer == "muon":
+        muon, adamw = split_parameters(model)
+    else:
+        muon, adamw = [], [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        if not adamw:
+            raise ValueError("expected parameters to train, found none that requires a gradient")
+    if args.process_index == 0:
+        print(describe_split(muon, adamw))
+    decayed = [p for _, p in adamw if len(_shape(p)) >= 2 and not getattr(p, "_no_weight_decay", False)]
+    apart = {id(p) for p in decayed}
+    groups = [
+        ("muon", [p for _, p in muon], args.muon_learning_rate, args.weight_decay),
+        ("adamw", decayed, args.adamw_learning_rate, args.weight_decay),
+        ("adamw", [p for _, p in adamw if id(p) not in apart], args.adamw_learning_rate, 0.0),
+    ]
+    return [
+        {"params": parameters, "algorithm": algorithm, "lr": lr, "weight_decay": decay}
+        for algorithm, parameters, lr, decay in groups
+        if parameters
+    ]
+
+
+def describe_split(muon: NamedParameters, adamw: NamedParameters) -> str:
+    """For the log: how many parameters each algorithm has, and which kinds."""
+    lines = []
+    for algorithm, parameters in (("Muon", muon), ("AdamW", adamw)):
+        kinds = sorted({".".join(name.split(".")[-2:]) for name, _ in parameters})
+        count = sum(_shape(parameter).numel() for _, parameter in parameters)
+        lines.append(f"{algorithm}: {count:,} parameters in {len(parameters)} tensors ({', '.join(kinds) or 'none'})")
+    return "; ".join(lines)
+
+
+def build_optimizer(model: nn.Module, args: SleepTrainingArguments) -> MuonAdamW:
+    """The optimiser of a run. Prints the split.
+
+    Raises:
+        ValueError: if nothing is trainable or nothing is left for Muon.
+    """
+    return MuonAdamW(
+        parameter_groups(model, args),
+        momentum=args.muon_momentum,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+    )
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """`torch.optim.Muon` and `torch.optim.AdamW` behind one interface, so that schedulers, Accelerate and checkpoints
+    see one optimiser: its groups are theirs, and its state is theirs.
+
+    Args:
+        groups: parameter groups, each with ``algorithm`` "muon" or "adamw", ``lr`` and ``weight_decay``.
+        momentum: of Muon (Nesterov).
+        betas, eps: of AdamW.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], momentum: float, betas: tuple[float, float], eps: float) -> None:
+        # Each algorithm completes its own groups with its own defaults; here the same dicts are put side by side.
+        self._parts: dict[str, torch.optim.Optimizer] = {}
+        if muon := [group for group in groups if group["algorithm"] == "muon"]:
+            self._parts["muon"] = torch.optim.Muon(muon, momentum=momentum)
+        if adamw := [group for group in groups if group["algorithm"] == "adamw"]:
+            self._parts["adamw"] = torch.optim.AdamW(adamw, betas=betas, eps=eps)
+        super().__init__([group for part in self._parts.values() for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """Let both algorithms work on the groups and the state of this optimiser."""
+        for algorithm, part in self._parts.items():
+            part.param_groups = [group for group in self.param_groups if group["algorithm"] == algorithm]
+            part.state = self.state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self._parts.values():
+            part.step()
+        return loss
+
+
+def _shape(parameter: Tensor) -> torch.Size:
+    """Also of a parameter that ZeRO-3 has partitioned, which looks empty."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _is_special(name: str) -> bool:
+    parts = name.replace(".base_layer", "").split(".")
+    return "lora_" in name or not GATES.isdisjoint(parts[-2:])

@@ -1,0 +1,105 @@
+"""What makes a checkpoint directory one run's own, and writing it whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+
+from sleepify.errors import CheckpointError
+from sleepify.training.arguments import SleepTrainingArguments
+
+MANIFEST = "sleep_run.json"
+_SETTINGS = ("optimizer", "muon_learning_rate", "adamw_learning_rate", "muon_momentum", "weight_decay", "seed")
+_SLEEP = ("window_size", "eviction", "loop_range", "n_loops", "backprop_loops", "backprop_windows")
+
+
+def describe_run(model: nn.Module, args: SleepTrainingArguments, dataset: Any) -> dict[str, Any]:
+    """What must agree for a resumed run to go on as if it had not stopped."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        digest.update(f"{name} {shape} {parameter.requires_grad}".encode())
+    config = getattr(model, "config", None)
+    run = {name: getattr(config, name, None) for name in _SLEEP}
+    if args.loops_schedule is not None:
+        run["n_loops"] = args.loops_schedule
+    run |= {name: getattr(args, name) for name in _SETTINGS}
+    run["rows_per_step"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    run["task"] = repr(dataset.task) if hasattr(dataset, "task") else None
+    run["parameters"] = digest.hexdigest()[:16]
+    return json.loads(json.dumps(run))
+
+
+def read_manifest(checkpoint: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """The progress noted in a checkpoint of this run.
+
+    Raises:
+        CheckpointError: if it is not a checkpoint, or that of another run; the message says in what they differ.
+    """
+    path = checkpoint / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(
+            f"expected a checkpoint of SleepTrainer in {checkpoint}, found no {MANIFEST}; "
+            "give the checkpoint-<step> folder of a run, or start a new run in another output_dir"
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        then, progress = manifest["run"], manifest["progress"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"expected a readable {MANIFEST} in {checkpoint}, got {error!r}; take an older one"
+        ) from error
+    differing = [f"{name}: {then.get(name)!r} there, {run[name]!r} here" for name in run if then.get(name) != run[name]]
+    if differing:
+        raise CheckpointError(
+            f"expected a checkpoint of this run in {checkpoint}, got one of another ({'; '.join(differing)}); "
+            "use the settings of that run, or start a new run from its weights with from_pretrained and in another "
+            "output_dir"
+        )
+    return dict(progress)
+
+
+def write_manifest(checkpoint: Path, run: dict[str, Any], progress: dict[str, Any]) -> None:
+    """Note whose checkpoint this is."""
+    text = json.dumps({"run": run, "progress": progress}, indent=2, sort_keys=True)
+    (checkpoint / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+@contextmanager
+def whole_or_not_at_all(final: Path, is_writer: bool, wait_for_all: Callable[[], None]) -> Iterator[Path]:
+    """A folder to write ``final.name`` in, which takes its place when all ranks are done.
+
+    A kill leaves a hidden draft that the next save removes; an error removes it at once. What was there stays there.
+
+    Raises:
+        CheckpointError: if the files could not be written (a full disk, a quota).
+    """
+    draft = final.parent / f".{final.name}.draft"
+    if is_writer and draft.exists():
+        shutil.rmtree(draft)
+    wait_for_all()
+    try:
+        draft.mkdir(parents=True, exist_ok=True)
+        yield draft
+    # torch's and safetensors' writers have errors of their own for a full disk.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise CheckpointError(
+            f"expected to write {final}, got {error}; nothing that was there is lost: free space (or raise the quota) "
+            "and resume from the checkpoint before"
+        ) from error
+    wait_for_all()
+    if is_writer:
+        if final.exists():
+            shutil.rmtree(final)
+        (draft / final.name).rename(final)
+        shutil.rmtree(draft)
+    wait_for_all()

@@ -1,0 +1,331 @@
+"""SleepTrainer: transformers' Trainer for models that sleep.
+
+The loop, accumulation, logging, Accelerate, FSDP and DeepSpeed are the Trainer's. Added here: Muon beside AdamW, N
+drawn per step, updates skipped when they are not finite, checkpoints that are whole or not there, SIGTERM, and the same
+layer calls on all ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler, SequentialSampler
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+
+from sleepify.cache import SleepCache
+from sleepify.errors import SleepifyError
+from sleepify.modeling import SleepForCausalLM
+from sleepify.training.arguments import SleepTrainingArguments
+from sleepify.training.data import SleepCollator, TaskDataset
+from sleepify.training.optim import build_optimizer
+from sleepify.training.runs import describe_run, read_manifest, whole_or_not_at_all, write_manifest
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteStepsError(SleepifyError):
+    """Too many updates in a row had a loss or gradient that is NaN or infinite."""
+
+
+def loops_of_step(schedule: Sequence[int], seed: int, step: int) -> int:
+    """N of an optimiser step: the same on all ranks, in all accumulated batches and after a resume."""
+    return Random(f"{seed}/{step}").choice(schedule)
+
+
+class SleepTrainer(Trainer):
+    """Trains a `SleepForCausalLM` (or a peft model around one).
+
+    Args:
+        model: the model.
+        args: `SleepTrainingArguments`.
+        kwargs: those of ``transformers.Trainer``. The collator defaults to `SleepCollator` with the pad token of
+            ``processing_class``. A `TaskDataset` is read in its order.
+
+    Attributes:
+        nonfinite_steps: updates skipped so far.
+
+    Raises:
+        TypeError: for arguments of another class.
+        ValueError: if no pad token is known, or ``train_only`` does not fit the model.
+    """
+
+    args: SleepTrainingArguments
+
+    def __init__(self, model: PreTrainedModel, args: SleepTrainingArguments, **kwargs: Any) -> None:
+        if not isinstance(args, SleepTrainingArguments):
+            raise TypeError(f"expected args to be SleepTrainingArguments, got {type(args).__name__}")
+        if kwargs.get("data_collator") is None:
+            pad_id = getattr(kwargs.get("processing_class"), "pad_token_id", None)
+            if pad_id is None:
+                raise ValueError("expected data_collator=SleepCollator(pad_id), or a processing_class with a pad token")
+            kwargs["data_collator"] = SleepCollator(pad_id)
+        if args.train_only is not None:
+            if not isinstance(model, SleepForCausalLM):
+                raise ValueError(
+                    f"expected train_only=None for a {type(model).__name__}, got {args.train_only!r}: "
+                    "set requires_grad as you need it"
+                )
+            model.freeze_base(args.train_only == "fast_weights")
+        self._draft_directory: Path | None = None
+        super().__init__(model, args, **kwargs)
+        self.nonfinite_steps = 0
+        self._nonfinite_in_a_row = 0
+        self._loss_is_bad = torch.zeros((), dtype=torch.bool, device=args.device)
+        self._stop_asked = self._stop_agreed = False
+        self._loops_since_log: list[int] = []
+        self._state_norms: dict[str, float] = {}
+        self._run = describe_run(model, args, self.train_dataset)
+        self._progress: dict[str, Any] = {}
+        self.add_callback(_RestoreProgress(self))
+
+    # --- data and optimiser ----------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(dataset, TaskDataset):
+            return SequentialSampler(dataset)
+        return super()._get_train_sampler(train_dataset)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """See `build_optimizer`."""
+        if self.optimizer is None:
+            trained = self.model if model is None else model
+            assert trained is not None
+            self.optimizer = build_optimizer(trained, self.args)
+        return self.optimizer
+
+    # --- one step --------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The Trainer's, with N of this step."""
+        inputs = dict(inputs)
+        if model.training and self.args.loops_schedule is not None:
+            inputs["n_loops"] = loops_of_step(self.args.loops_schedule, self.args.seed, self.state.global_step)
+        if model.training:
+            self._loops_since_log.append(inputs.get("n_loops") or self._run["n_loops"] or 1)
+        cache = None
+        if model.training and self._logs_after_this_step():
+            inputs, cache = _with_cache(inputs)
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if cache is not None:
+            self._state_norms = state_norms(cache)
+        return result
+
+    def _logs_after_this_step(self) -> bool:
+        return (self.state.global_step + 1) % max(1, int(self.state.logging_steps)) == 0
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """The Trainer's; takes note of a loss that is not finite."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._loss_is_bad |= ~torch.isfinite(loss)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Called once per step, between backward and update, with the gradient's norm: the place to drop a bad one."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        is_bad = bool(self._loss_is_bad) or not math.isfinite(norm)
+        self._loss_is_bad.zero_()
+        is_bad, self._stop_agreed = self._agree(is_bad, self._stop_asked)
+        if is_bad and self.args.skip_nonfinite:
+            # Without gradients the optimiser leaves parameters and its own state as they are.
+            model.zero_grad(set_to_none=True)
+            self._count_nonfinite(float(norm))
+        elif not is_bad:
+            self._nonfinite_in_a_row = 0
+        return norm
+
+    def _agree(self, *flags: bool) -> list[bool]:
+        """Each flag, true if it is on any rank."""
+        if self.args.world_size == 1:
+            return list(flags)
+        both = torch.tensor(flags, dtype=torch.int32, device=self.args.device)
+        torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX)
+        return [bool(flag) for flag in both.tolist()]
+
+    def _count_nonfinite(self, norm: float) -> None:
+        self.nonfinite_steps += 1
+        self._nonfinite_in_a_row += 1
+        step = self.state.global_step + 1
+        logger.warning("step %d skipped: loss or gradient not finite (gradient norm %s)", step, norm)
+        if self._nonfinite_in_a_row >= self.args.max_nonfinite_steps:
+            raise NonFiniteStepsError(
+                f"expected a finite loss and gradient, got NaN or infinity in {self._nonfinite_in_a_row} steps in a "
+                f"row (up to step {step}, {self.nonfinite_steps} in all); the weights are as they were before. "
+                "Lower the learning rates or max_grad_norm, check the data, and resume from the last checkpoint"
+            )
+
+    # --- log -------------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The Trainer's log line, with N, the norm of each layer's state and the skipped updates."""
+        if "loss" in logs:
+            if self._loops_since_log:
+                logs["n_loops"] = sum(self._loops_since_log) / len(self._loops_since_log)
+            logs["nonfinite_steps"] = self.nonfinite_steps
+            logs |= self._state_norms
+            self._loops_since_log, self._state_norms = [], {}
+        super().log(logs, start_time)
+
+    # --- stop and resume -------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's. On SIGTERM the step is finished, a checkpoint saved, and the process exits with status 143.
+
+        Args:
+            resume_from_checkpoint: a checkpoint-<step> folder, or True for the latest in ``output_dir``.
+            args, kwargs: those of ``Trainer.train``.
+
+        Raises:
+            CheckpointError: if the checkpoint, or one in the way in ``output_dir``, belongs to another run.
+            NonFiniteStepsError: if too many updates in a row are not finite.
+        """
+        directory = self.args.output_dir or ""
+        last = get_last_checkpoint(directory) if os.path.isdir(directory) else None
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last or True
+        self._progress = {}
+        if isinstance(resume_from_checkpoint, (str, os.PathLike)):
+            resume_from_checkpoint = os.fspath(resume_from_checkpoint)
+            self._progress = read_manifest(Path(resume_from_checkpoint), self._run)
+        elif last is not None and self.args.save_strategy != "no":
+            # Otherwise this run would write over the other's checkpoints.
+            read_manifest(Path(last), self._run)
+        with self._listen_to_sigterm():
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self._stop_agreed:
+            raise SystemExit(128 + signal.SIGTERM)
+        return output
+
+    @contextmanager
+    def _listen_to_sigterm(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.getsignal(signal.SIGTERM)
+
+        def ask(_: int, __: FrameType | None) -> None:
+            self._stop_asked = True
+            # A second signal is not held up.
+            signal.signal(signal.SIGTERM, before)
+
+        signal.signal(signal.SIGTERM, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Called after every step, when logs and checkpoints are due."""
+        if self._stop_agreed and not self.control.should_training_stop:
+            self.control.should_save = self.control.should_training_stop = True
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_directory = Path(super()._get_output_dir(trial))
+        final = run_directory / f"checkpoint-{self.state.global_step}"
+        with whole_or_not_at_all(final, self.args.should_save, self.accelerator.wait_for_everyone) as draft:
+            self._draft_directory = draft
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._draft_directory = None
+            unlogged = self._unlogged_loss()
+            if self.args.should_save:
+                self._name_best_checkpoint(run_directory)
+                self.state.save_to_json(str(draft / final.name / "trainer_state.json"))
+                progress = {
+                    "nonfinite_steps": self.nonfinite_steps,
+                    "nonfinite_in_a_row": self._nonfinite_in_a_row,
+                    "loss_since_log": unlogged,
+                    "last_log": self._globalstep_last_logged,
+                }
+                write_manifest(draft / final.name, self._run, progress)
+        self._name_best_checkpoint(run_directory)
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(final))
+        if self.args.should_save:
+            rotate_checkpoints(
+                str(run_directory), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
+            )
+
+    def _get_output_dir(self, trial: Any) -> str:
+        if self._draft_directory is not None:
+            return str(self._draft_directory)
+        return super()._get_output_dir(trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: a draft is not pushed, `_save_checkpoint` pushes what has become of it."""
+
+    def _name_best_checkpoint(self, run_directory: Path) -> None:
+        """By its place in the run directory, not in the draft."""
+        if self.state.best_global_step:
+            best = run_directory / f"checkpoint-{self.state.best_global_step}"
+            is_there = best.exists() or self.state.best_global_step == self.state.global_step
+            self.state.best_model_checkpoint = str(best) if is_there else None
+
+    def _unlogged_loss(self) -> float:
+        """The loss summed since the last log line, averaged over ranks."""
+        loss = self._tr_loss.detach().double()
+        if self.args.world_size > 1:
+            loss = self.accelerator.reduce(loss, "mean")
+        return loss.item()
+
+    def restore_progress(self) -> None:
+        """Go on counting where the checkpoint stopped; called when training begins."""
+        self._stop_asked = self._stop_agreed = False
+        if self._progress:
+            self.nonfinite_steps = self._progress["nonfinite_steps"]
+            self._nonfinite_in_a_row = self._progress["nonfinite_in_a_row"]
+            self._tr_loss += self._progress["loss_since_log"]
+            self._globalstep_last_logged = self._progress["last_log"]
+
+
+class _RestoreProgress(TrainerCallback):
+    def __init__(self, trainer: SleepTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer.restore_progress()
+
+
+def _with_cache(inputs: dict[str, Any]) -> tuple[dict[str, Any], SleepCache | None]:
+    """The inputs with a session to read the state from afterwards, which a model only takes with left padding."""
+    inputs = dict(inputs)
+    mask = inputs.get("attention_mask")
+    if mask is not None:
+        order = mask.argsort(dim=1, stable=True)
+        for name in ("input_ids", "labels", "attention_mask"):
+            if name in inputs:
+                inputs[name] = inputs[name].gather(1, order)
+    cache = SleepCache()
+    return inputs | {"past_key_values": cache, "use_cache": False}, cache
+
+
+def state_norms(cache: SleepCache) -> dict[str, float]:
+    """Norm of each layer's fast weights, the mean over the rows that have slept; by layer of the base."""
+    rows = [row for row, windows in enumerate(cache.windows) if windows]
+    norms = {}
+    for (index, inserted), layer in sorted(cache.memory.state.items()):
+        if rows and layer.recurrent is not None:
+            norm = layer.recurrent.detach()[rows].flatten(1).norm(dim=1).mean()
+            norms[f"state_norm/{'inserted_after' if inserted else 'layer'}_{index}"] = norm.item()
+    return norms

@@ -1,0 +1,169 @@
+"""Gradients through windows and loops: exact, whole, and the same however activations are kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import randomise, tiny_base, tokens
+from reference import IGNORE, loss_of, read_row
+from tolerances import EXACT_GRAD, assert_close
+
+from sleepify import FastWeightConfig, SleepCache, sleepify
+
+
+def sleeping(eviction: str = "hard", family: str = "qwen3", **keywords):
+    keywords.setdefault("fast_weights", FastWeightConfig(layers=[0, 2]))
+    model = sleepify(tiny_base(family), **({"n_loops": 3, "window_size": 4, "eviction": eviction} | keywords))
+    randomise(model.fast_weights)
+    return model.train()
+
+
+def batch():
+    """Two rows of 11 and 14 tokens, supervised in the middle and at the end."""
+    ids, mask = tokens(2, 14), torch.ones(2, 14, dtype=torch.long)
+    ids[0, 11:], mask[0, 11:] = 0, 0
+    labels = torch.full_like(ids, IGNORE)
+    labels[0, 9:11], labels[1, 5], labels[1, 12:] = ids[0, 9:11], ids[1, 5], ids[1, 12:]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert_close(actual[name], gradient, EXACT_GRAD, name)
+
+
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+@pytest.mark.parametrize("rule", ["gdn", "jet", "mamba2"])
+def test_every_gradient_is_that_of_the_reference(eviction, rule):
+    model = sleeping(eviction, fast_weights=FastWeightConfig(rule=rule, layers=[0, 2]))
+    inputs = batch()
+    actual = gradients(model, model(**inputs).loss)
+    rows = [(inputs["input_ids"][0, :11], inputs["labels"][0, :11]), (inputs["input_ids"][1], inputs["labels"][1])]
+    totals, counts = zip(*(loss_of(read_row(model, ids), labels) for ids, labels in rows), strict=True)
+    assert_same_gradients(actual, gradients(model, sum(totals) / sum(counts)))
+
+
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+@pytest.mark.parametrize("family", ["qwen3", "jet_nemotron"])
+@pytest.mark.parametrize("mode", ["window", "loop"])
+def test_checkpointing_changes_no_gradient(eviction, family, mode):
+    keywords = {} if family == "qwen3" else {"fast_weights": None}
+    model = sleeping(eviction, family, **keywords)
+    expected = gradients(model, model(**batch()).loss)
+    model.config.checkpoint = mode
+    model.gradient_checkpointing_enable()
+    assert model.is_gradient_checkpointing
+    assert_same_gradients(gradients(model, model(**batch()).loss), expected)
+    model.gradient_checkpointing_disable()
+    assert not model.is_gradient_checkpointing
+
+
+def test_checkpointing_per_window_keeps_only_what_crosses_boundaries():
+    def kept(mode):
+        model = sleeping(n_loops=4, checkpoint=mode)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            model(tokens(1, 41), labels=tokens(1, 41).masked_fill(torch.arange(41) < 40, IGNORE)).loss  # noqa: B018
+        return sum(sizes)
+
+    none, loop, window = kept("none"), kept("loop"), kept("window")
+    assert window < loop < none / 5
+
+
+def float64_norms(module):
+    """transformers' norms round to float32 whatever the model's dtype, which numerical differentiation would see."""
+    for name, child in module.named_children():
+        if type(child).__name__ == "Qwen3RMSNorm":
+            norm = torch.nn.RMSNorm(child.weight.shape[0], child.variance_epsilon, dtype=torch.float64)
+            norm.weight = child.weight
+            setattr(module, name, norm)
+        else:
+            float64_norms(child)
+
+
+@pytest.mark.parametrize("rule", ["gdn", "jet", "mamba2"])
+def test_gradcheck_through_three_windows_and_three_loops(rule):
+    inserted = FastWeightConfig(rule=rule, layers=[1])
+    model = sleeping("sliding", n_loops=3, window_size=2, loop_range=(1, 3), fast_weights=inserted)
+    float64_norms(model)
+    ids = tokens(1, 7)
+    parameters = {name: p for name, p in model.named_parameters() if name.startswith("fast_weights") or "layers.2" in name}
+
+    def logits_after_three_sleeps(*values):
+        cache = SleepCache()
+        replaced = dict(zip(parameters, values, strict=True))
+        with torch.nn.utils.stateless._reparametrize_module(model, replaced):
+            model(ids[:, :6], past_key_values=cache)
+            model.sleep(cache)
+            assert cache.windows == [3]
+            return model(ids[:, 6:], past_key_values=cache).logits.square().mean()
+
+    values = [p.detach().clone().requires_grad_() for p in parameters.values()]
+    assert torch.autograd.gradcheck(logits_after_three_sleeps, values, fast_mode=True)
+
+
+def test_truncated_backpropagation_through_loops():
+    model = sleeping(window_size=6, n_loops=3, backprop_loops=1)
+    ids = tokens(1, 8)
+    labels = torch.full_like(ids, IGNORE)
+    labels[:, -1] = ids[:, -1]
+    actual = gradients(model, model(ids, labels=labels).loss)
+    # By hand: the last pass starts from constants.
+    blocks, options = model.blocks, model.options()
+    from sleepify.cache import Window
+    from sleepify.memory import Memory
+
+    window, empty = Window(ids[:, :6], (6,), (0,)), Memory(1)
+    with torch.no_grad():
+        hidden, frame = blocks.open(window.input_ids, window.lengths, window.positions, empty, False)
+        now = empty
+        for _ in range(2):
+            now = now.reenter(empty, 0, 4)
+            hidden, now = blocks.run(hidden, now, frame, 0, 4)
+    hidden, now = blocks.run(hidden, now.reenter(empty, 0, 4), frame, 0, 3)
+    after = now.last_keys(0)
+    tail, frame = blocks.open(ids[:, 6:], (2,), (0,), after, False)
+    tail, _ = blocks.run(tail, after, frame, 0, 4)
+    loss = torch.nn.functional.cross_entropy(blocks.logits(tail)[:, 0], ids[:, 7])
+    assert options.backprop_loops == 1
+    assert_same_gradients(actual, gradients(model, loss))
+    model.config.backprop_loops = 3
+    every = gradients(model, model(ids, labels=labels).loss)
+    model.config.backprop_loops = None
+    assert_same_gradients(every, gradients(model, model(ids, labels=labels).loss))
+
+
+@pytest.mark.parametrize("kept", [1, 2])
+def test_truncated_backpropagation_through_windows(kept):
+    model = sleeping(window_size=3, backprop_windows=kept)
+    ids, mask = tokens(2, 13), torch.ones(2, 13, dtype=torch.long)
+    mask[0, :4] = 0  # rows of 9 and 13 tokens: 2 and 4 sleeps
+    labels = torch.full_like(ids, IGNORE)
+    labels[:, -1] = ids[:, -1]
+    actual = gradients(model, model(ids, attention_mask=mask, labels=labels).loss)
+    total = 0
+    for row, begin, sleeps in ((0, 4, 2), (1, 0, 4)):
+        trace = read_row(model, ids[row, begin:], detach_before=sleeps - kept)
+        total = total + loss_of(trace, labels[row, begin:])[0]
+    assert_same_gradients(actual, gradients(model, total / 2))
+
+
+def test_gradient_reaches_the_first_window_through_the_state_of_a_hybrid_of_transformers():
+    model = sleepify(tiny_base("qwen3_next", dtype=torch.float32), n_loops=2, window_size=4).train()
+    ids = tokens(1, 11)
+    embeddings = []
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda _, __, output: (output.retain_grad(), embeddings.append(output))[1]
+    )
+    labels = torch.full_like(ids, IGNORE)
+    labels[:, -1] = ids[:, -1]
+    model(ids, labels=labels).loss.backward()
+    hook.remove()
+    assert len(embeddings) == 3 and all(e.grad.abs().sum() > 0 for e in embeddings)

@@ -156,7 +156,7 @@ def constant_guess(test_examples: int) -> dict[int, float]:
     return {t: max(share, 1 - share) for t, share in ones.items()}
 
 
-# --- results -----------------------------------------------------------------------------------------------------------
+# --- results ----------------------------------------------------------------------------------------------------------
 
 
 def label(variant: str, runs: list[Run]) -> str:
@@ -190,8 +190,8 @@ def write_results(runs: Runs, docs: Path) -> None:
         for n_loops, window in drawn.report.settings:
             rows.append([f"N = {n_loops}", *(_interval(drawn.report.of(n_loops, window)[t]) for t in difficulties)])
         sections.append(
-            f"One model, N drawn in every step from {', '.join(map(str, SCHEDULE))} ({drawn.steps:,} steps, seed 0):\n\n"
-            + _table(rows)
+            f"One model, N drawn in every step from {', '.join(map(str, SCHEDULE))} ({drawn.steps:,} steps, seed 0):"
+            f"\n\n{_table(rows)}"
         )
     docs.mkdir(parents=True, exist_ok=True)
     text = INTRODUCTION.format(

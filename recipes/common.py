@@ -12,9 +12,9 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import yaml
@@ -30,13 +30,15 @@ from transformers import (
 
 from sleepify import FastWeightConfig, SleepConfig, sleepify
 from sleepify.defaults import resolve
+from sleepify.tasks.gsm_infinite import PETS, THEMES, WordTokenizer
 from sleepify.training.arguments import SleepTrainingArguments
-from sleepify.training.data import SleepCollator, TaskDataset
-from sleepify.training.evaluate import Report, ScoredTask, evaluate, plot
+from sleepify.training.data import SleepCollator, Task, TaskDataset
+from sleepify.training.evaluate import Report, evaluate, plot
 from sleepify.training.trainer import SleepTrainer
 
 REPORT = "report.json"
 TASK = "task.json"
+MERGED = "merged"
 
 
 @dataclass
@@ -53,11 +55,13 @@ class ModelArguments:
     architecture: dict | str | None = field(
         default=None,
         metadata={
-            "help": "A model with random weights instead: a configuration of transformers as JSON, with its model_type, "
-            "or the name of a model whose configuration to take. The task fills in vocab_size where it is left out."
+            "help": "A model with random weights instead: a configuration of transformers as JSON, with its "
+            "model_type, or the name of a model whose configuration to take. The task fills in vocab_size."
         },
     )
-    tokenizer: str | None = field(default=None, metadata={"help": "Name or path; by default the model's."})
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Name or path, by default the model's; 'words' for one made on the spot."}
+    )
     dtype: str = field(default="float32", metadata={"help": "Of the weights: float32 or bfloat16."})
     attn_implementation: str | None = field(
         default=None, metadata={"help": "eager, sdpa, flash_attention_2 or flex_attention; by default the base's."}
@@ -73,9 +77,7 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.architecture is None):
-            raise ValueError(
-                f"expected either model or architecture, got model={self.model!r} and architecture={self.architecture!r}"
-            )
+            raise ValueError(f"expected either model or architecture, got {self.model!r} and {self.architecture!r}")
         self.model_config = _as_dict("model_config", self.model_config)
         if self.model_config and self.architecture is not None:
             raise ValueError("model_config changes a pretrained model's configuration; write it into architecture")
@@ -85,9 +87,11 @@ class ModelArguments:
 
 @dataclass
 class SleepArguments:
-    """How it sleeps; what is left out is sleepify's default, or that of the checkpoint."""
+    """How it sleeps; what is left out is sleepify's default, or what the checkpoint says."""
 
-    sleep: bool = field(default=True, metadata={"help": "False: the base as it is, without sleep; for baselines."})
+    sleep: bool = field(
+        default=True, metadata={"help": "False: the base as it is, for baselines; N, L and the like are then not used."}
+    )
     n_loops: int | None = field(default=None, metadata={"help": "N, passes over a full window."})
     window_size: int | None = field(default=None, metadata={"help": "L, tokens in a window."})
     eviction: str | None = field(default=None, metadata={"help": "hard or sliding."})
@@ -112,16 +116,12 @@ class SleepArguments:
 
     def settings(self) -> dict[str, Any]:
         """What was given, as keywords of `sleepify`."""
-        given = {
-            f.name: value for f in fields(self) if f.name != "sleep" and (value := getattr(self, f.name)) is not None
-        }
-        inserted = {name: given.pop(name) for name in list(given) if name.startswith("fast_weights_")}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sleep"}
+        given = {name: value for name, value in values.items() if value is not None}
+        prefix = "fast_weights_"
+        inserted = {name.removeprefix(prefix): given.pop(name) for name in list(given) if name.startswith(prefix)}
         if inserted:
-            given["fast_weights"] = FastWeightConfig(
-                **{k.removeprefix("fast_weights_"): v for k, v in inserted.items()}
-            )
-        if given and not self.sleep:
-            raise ValueError(f"sleep is False, so nothing takes {sorted(given)}; leave them out")
+            given["fast_weights"] = FastWeightConfig(**inserted)
         return given
 
 
@@ -134,11 +134,18 @@ class TestArguments:
     test_window_sizes: list[int] | None = field(default=None, metadata={"help": "Windows to test; default: L."})
 
 
+class TaskArguments(Protocol):
+    """What a recipe's own dataclass gives: its task, from its fields."""
+
+    def build(self, test: bool = False, tokenizer: Any = None) -> Task:
+        """The task to train on, or to test on where that differs."""
+
+
 @dataclass
 class Recipe:
     """A parsed command line: the task's own arguments, and those of every recipe."""
 
-    task: Any
+    task: TaskArguments
     model: ModelArguments
     sleep: SleepArguments
     test: TestArguments
@@ -162,7 +169,7 @@ class Result:
     cpu_seconds: float
 
 
-# --- arguments ---------------------------------------------------------------------------------------------------------
+# --- arguments --------------------------------------------------------------------------------------------------------
 
 
 def parse(task_arguments: type, argv: Sequence[str] | None, description: str | None) -> Recipe:
@@ -218,8 +225,16 @@ def load_config(path: str | Path, known: Sequence[str]) -> dict[str, Any]:
     for name in values:
         if name not in known:
             raise ValueError(f"{path}: unknown field {name!r}{_suggest(str(name), known)}")
-    inherited = {} if parent is None else load_config(path.parent / parent, known)
-    return inherited | values
+    return values if parent is None else _merge(load_config(path.parent / parent, known), values)
+
+
+def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """``new`` over ``old``, mappings field by field; an architecture with its own model_type is whole as it is."""
+    merged = old | new
+    for name in old.keys() & new.keys():
+        if isinstance(old[name], dict) and isinstance(new[name], dict) and "model_type" not in new[name]:
+            merged[name] = _merge(old[name], new[name])
+    return merged
 
 
 def _suggest(name: str, known: Sequence[str]) -> str:
@@ -239,7 +254,7 @@ def _as_dict(name: str, value: dict | str | None) -> dict[str, Any] | None:
     return parsed
 
 
-# --- model -------------------------------------------------------------------------------------------------------------
+# --- model ------------------------------------------------------------------------------------------------------------
 
 
 def build_model(arguments: ModelArguments, sleep: SleepArguments, vocab_size: int | None = None) -> PreTrainedModel:
@@ -302,36 +317,31 @@ def add_lora(model: PreTrainedModel, arguments: ModelArguments) -> Any:
     return peft.get_peft_model(model, config)
 
 
-# --- run ---------------------------------------------------------------------------------------------------------------
+# --- run --------------------------------------------------------------------------------------------------------------
 
 
-def run_task(
-    recipe: Recipe,
-    task: ScoredTask,
-    test_task: ScoredTask | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    vocab_size: int | None = None,
-    pad_id: int = 0,
-) -> Result:
-    """Build the model, train, save and test by difficulty; the report goes beside the checkpoint.
+def run(name: str, task_arguments: type, argv: Sequence[str] | None, description: str | None) -> Result:
+    """A whole recipe: build the model, train, save, test by difficulty; the report goes beside the checkpoint.
 
     Args:
-        recipe: the arguments.
-        task: to train on.
-        test_task: to test on, where it differs.
-        tokenizer: saved beside the model.
-        vocab_size: of an architecture that leaves it open; None for the task's.
-        pad_id: to pad rows with.
+        name: of the recipe, by which evaluate.py finds the task again.
+        task_arguments: the recipe's own dataclass.
+        argv: the command line without the program's name; None for that of the process.
+        description: for ``--help``.
     """
+    recipe = parse(task_arguments, argv, description)
     training = recipe.training
     set_seed(training.seed)
-    model = build_model(recipe.model, recipe.sleep, vocab_size or task.vocab_size)
+    tokenizer = load_tokenizer(recipe.model)
+    task, test_task = (recipe.task.build(test, tokenizer) for test in (False, True))
+    pad_id = pad_token(tokenizer)
+    model = build_model(recipe.model, recipe.sleep, getattr(task, "vocab_size", None) or len(tokenizer))
     trainer = SleepTrainer(
         model=model,
         args=training,
         train_dataset=TaskDataset(task),
         data_collator=SleepCollator(pad_id),
-        processing_class=tokenizer,
+        processing_class=tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None,
     )
     started, cpu_started = time.perf_counter(), time.process_time()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
@@ -339,7 +349,7 @@ def run_task(
     trainer.save_model()
     report = evaluate(
         trainer.model_wrapped,
-        test_task or task,
+        test_task,
         n_examples=recipe.test.test_examples,
         n_loops=recipe.test.test_n_loops,
         window_sizes=recipe.test.test_window_sizes,
@@ -347,8 +357,27 @@ def run_task(
         pad_id=pad_id,
     )
     if trainer.is_world_process_zero():
-        write_report(report, Path(training.output_dir) / REPORT)
+        output = Path(training.output_dir)
+        described = {"recipe": name, "task": asdict(recipe.task), "tokenizer": recipe.model.tokenizer}
+        (output / TASK).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        write_report(report, output / REPORT)
+        if recipe.model.lora_r:
+            # The adapters are saved already; a model with them folded in is one that anything can load.
+            model.merge_and_unload().save_pretrained(output / MERGED)
     return Result(report, trainer.state.global_step, seconds, cpu_seconds)
+
+
+def load_tokenizer(arguments: ModelArguments) -> Any:
+    """The tokenizer, or None for a model from random weights that was given none."""
+    name = arguments.tokenizer or arguments.model
+    if name == "words":
+        return WordTokenizer([*THEMES, PETS])
+    return None if name is None else AutoTokenizer.from_pretrained(name, revision=arguments.model_revision)
+
+
+def pad_token(tokenizer: Any) -> int:
+    """What to pad with: attention never sees it, so any token will do."""
+    return next((i for name in ("pad", "eos") if (i := getattr(tokenizer, f"{name}_token_id", None)) is not None), 0)
 
 
 def write_report(report: Report, path: Path) -> None:

@@ -8,7 +8,7 @@ Importing this package makes transformers' Auto classes know sleeping models, Je
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import sleepify.models  # registers jet_nemotron and ouro
+from sleepify import models as models  # registers jet_nemotron and ouro
 from sleepify.cache import SleepCache
 from sleepify.config import FastWeightConfig, SleepConfig
 from sleepify.errors import (

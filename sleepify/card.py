@@ -28,7 +28,9 @@ def write_card(config: SleepConfig, *, online: bool = False) -> str:
     """
     base = config.base_model_name_or_path
     tag, words = _licence(config, online)
-    named = f"[{base}](https://huggingface.co/{base})" if base and not os.path.isabs(base) else "a model built in memory"
+    named = (
+        f"[{base}](https://huggingface.co/{base})" if base and not os.path.isabs(base) else "a model built in memory"
+    )
     header = ["---", "library_name: sleepify", "pipeline_tag: text-generation", "tags: [sleepify, fast-weights]"]
     if tag:
         header.append(f"license: {tag}")

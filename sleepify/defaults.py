@@ -60,9 +60,7 @@ def _fast_weights(asked: FastWeightConfig | None, base: PreTrainedConfig, kinds:
     return resolved
 
 
-def _loop_range(
-    asked: list[int] | None, base: PreTrainedConfig, kinds: list[str], inserted: list[int]
-) -> list[int]:
+def _loop_range(asked: list[int] | None, base: PreTrainedConfig, kinds: list[str], inserted: list[int]) -> list[int]:
     n_layers = len(kinds)
     if asked is None:
         # The paper loops blocks 7-20 of Jet-Nemotron 2B's 28, and all blocks of every other model.

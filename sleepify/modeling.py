@@ -39,6 +39,8 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
+    # transformers refuses assisted decoding by this: rejected tokens cannot be taken back out of fast weights.
+    _is_stateful = True
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -263,23 +265,6 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
             )
         if given is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = SleepCache()
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; sleeps as windows fill. ``n_loops=`` may be given.
-
-        Raises:
-            ValueError: for assisted decoding, which would have to take tokens back out of the state.
-        """
-        generation_config = kwargs.get("generation_config")
-        lookup = kwargs.get("prompt_lookup_num_tokens", getattr(generation_config, "prompt_lookup_num_tokens", None))
-        if kwargs.get("assistant_model") is not None or lookup:
-            raise ValueError(
-                "expected greedy search, sampling or beam search, got assisted decoding: rejected tokens cannot be "
-                "taken back out of fast weights; drop assistant_model and prompt_lookup_num_tokens"
-            )
-        if "n_loops" in kwargs:
-            self.options(kwargs["n_loops"])
-        return super().generate(*args, **kwargs)
 
     # --- files -----------------------------------------------------------------------------------------------------
 

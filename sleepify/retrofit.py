@@ -75,8 +75,9 @@ def sleepify(
 def build(config: SleepConfig, model: PreTrainedModel) -> SleepForCausalLM:
     """Put the parts together; the inserted layers go where the layers are that they follow."""
     sleeping = SleepForCausalLM(config, model)
+    decoder: Any = model.get_submodule(model.base_model_prefix)
     for layer, index in zip(sleeping.fast_weights, config.fast_weights.layers, strict=True):
-        beside = next(model.get_submodule(model.base_model_prefix).layers[index].parameters())
+        beside = next(decoder.layers[index].parameters())
         layer.to(device=beside.device, dtype=model.dtype)
     sleeping.generation_config = model.generation_config
     return sleeping.train(model.training)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -133,4 +135,19 @@ def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, VOCAB, (batch, length), generator=generator)
 
 
-Row = tuple[str, Callable[[], PreTrainedModel]]
+@contextmanager
+def true_float64() -> Iterator[None]:
+    """Let transformers' modules compute in the float64 that their model has.
+
+    Their norms and recurrent layers cast to float32 whatever the dtype of the model, which hides an error of 1e-7
+    behind rounding of the same size. Here a cast to float32 is one to float64, and exactness can be asserted.
+    """
+    to = torch.Tensor.to
+
+    def widened(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+        kwargs = {name: torch.float64 if value is torch.float32 else value for name, value in kwargs.items()}
+        return to(self, *args, **kwargs)
+
+    with patch.object(torch.Tensor, "to", widened), patch.object(torch.Tensor, "float", torch.Tensor.double):
+        yield

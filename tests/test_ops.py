@@ -118,8 +118,8 @@ def test_chunk_size_changes_nothing(rule: str, n_tokens: int, chunk_size: int) -
 
 @pytest.mark.parametrize("rule", RULES)
 def test_strong_decay_is_exact_in_float32(rule: str) -> None:
-    # Masked after the exponential, exp(550) would make the gradients nan; as differences of running sums, the small
-    # decays behind a strong one would lose three digits.
+    # As differences of running sums, the small decays behind a strong one would lose three digits, and the upper
+    # triangle would hold exp(550): nan in the gradients.
     _, chunked, reference = RULES[rule]
     inputs = make_inputs(7, 75, strong_decay=True, dtype=torch.float32)
     actual = run_with_grads(chunked, inputs, scale=0.3)

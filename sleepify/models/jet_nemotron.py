@@ -235,11 +235,13 @@ class JetNemotronDecoderLayer(GradientCheckpointingLayer):
         mask = None if mask is None else mask.bool()
         if cache is None:
             return self.self_attn(x, None, lengths, mask)[0]
-        conv_state, matrix = cache.get_conv_state(self.layer_idx), cache.get_recurrent_state(self.layer_idx)
-        if conv_state is not None and matrix is not None and torch.is_grad_enabled():
-            # transformers' own caches write in place, which would spoil what the backward pass has saved.
-            conv_state, matrix = conv_state.clone(), matrix.clone()
-        state = None if conv_state is None else (conv_state, matrix)
+        state = None
+        if cache.has_previous_state(self.layer_idx):
+            held = cache.layers[self.layer_idx]
+            state = (held.conv_states[0], held.recurrent_states[0])
+            if torch.is_grad_enabled():
+                # transformers' own caches write in place, which would spoil what the backward pass has saved.
+                state = tuple(None if held is None else held.clone() for held in state)
         output, (conv_state, matrix) = self.self_attn(x, state, lengths, mask)
         # A cache appends what it is given and keeps the last W, so handing it the whole new window replaces the old.
         cache.update_conv_state(conv_state, self.layer_idx)

@@ -91,9 +91,7 @@ def join(x: Tensor, batch: int, n_tokens: int) -> Tensor:
 def decay_matrix(g: Tensor) -> Tensor:
     """exp(g_{j+1} + ... + g_i) for j <= i, else 0: how much of token j is left at token i. [..., C] -> [..., C, C].
 
-    Each entry sums its own decays: a difference of two running sums would cancel after a strong decay. The upper
-    triangle is set before the exponential, so that no gradient is 0 * inf.
+    Each entry sums its own decays. A difference of two running sums would cancel after a strong decay, and overflow in
+    the upper triangle, where 0 * inf makes gradients nan.
     """
-    future = torch.ones(g.shape[-1], g.shape[-1], dtype=torch.bool, device=g.device).triu(1)
-    sums = g.unsqueeze(-1).expand(*g.shape, g.shape[-1]).masked_fill(~future.mT, 0).cumsum(-2)
-    return sums.masked_fill(future, float("-inf")).exp()
+    return g.unsqueeze(-1).expand(*g.shape, g.shape[-1]).tril(-1).cumsum(-2).exp().tril()

@@ -69,6 +69,11 @@ class SleepTrainingArguments(TrainingArguments):
                 raise ValueError(f"expected loops_schedule to list whole numbers of at least 1, got {loops!r}")
         if self.max_nonfinite_steps < 1:
             raise ValueError(f"expected max_nonfinite_steps of at least 1, got {self.max_nonfinite_steps}")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"expected label_smoothing_factor=0, got {self.label_smoothing_factor}: the model makes its own loss, "
+                "and logits only where it needs them"
+            )
         if self.fp16:
             raise ValueError(
                 "expected bf16=True or full precision, got fp16=True: the state outgrows its range; use bf16"

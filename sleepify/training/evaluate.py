@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -23,19 +23,10 @@ from sleepify.config import SleepConfig, check_positive
 from sleepify.defaults import resolve
 from sleepify.modeling import SleepForCausalLM
 from sleepify.tasks.base import Example, Split, score
-from sleepify.training.data import SleepCollator
+from sleepify.training.data import SleepCollator, Task
 
 Z_95 = 1.959963984540054
 """The normal quantile of a two-sided 95% interval."""
-
-
-class ScoredTask(Protocol):
-    """What is asked of a task: examples with queries, and a name for their difficulty."""
-
-    difficulty_name: ClassVar[str]
-
-    def example(self, index: int, split: Split = "train") -> Example:
-        """The row number ``index`` of ``split``."""
 
 
 def wilson(correct: int, total: int, z: float = Z_95) -> tuple[float, float]:
@@ -150,7 +141,7 @@ def _cell(score: Score | None) -> str:
 
 def evaluate(
     model: nn.Module,
-    task: ScoredTask,
+    task: Task,
     *,
     n_examples: int,
     split: Split = "test",
@@ -165,7 +156,7 @@ def evaluate(
 
     Args:
         model: a sleeping model, or any causal LM of transformers (also wrapped by peft or Accelerate).
-        task: of `sleepify.tasks`.
+        task: of `sleepify.tasks`, or another whose examples have queries.
         n_examples: rows to read, the first of the split.
         split: "train" or "test".
         n_loops: numbers of loops; None for the model's own.
@@ -210,7 +201,8 @@ def evaluate(
             found = [part.get((loops or 1, window, difficulty), [0, 0]) for part in gathered]
             correct, total = (sum(column) for column in zip(*found, strict=True))
             scores.append(Score(loops or 1, window, difficulty, correct, total))
-    return Report(type(task).__name__, task.difficulty_name, split, n_examples, scores)
+    name = getattr(task, "difficulty_name", "difficulty")
+    return Report(type(task).__name__, name, split, n_examples, scores)
 
 
 def _settings(

@@ -104,6 +104,33 @@ def build_optimizer(model: nn.Module, args: SleepTrainingArguments) -> MuonAdamW
     )
 
 
+def build_deepspeed_optimizer(model: nn.Module, args: SleepTrainingArguments) -> torch.optim.Optimizer:
+    """The same under ZeRO, which flattens parameters so that only DeepSpeed's own Muon can put matrices together again.
+
+    DeepSpeed would take every tensor of two or more dimensions outside embeddings and head, gates and convolutions too;
+    here the split is `split_parameters`'.
+
+    Raises:
+        ValueError: as `build_optimizer`, and for gradient clipping: DeepSpeed clips Muon's orthogonalised updates.
+    """
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    if args.max_grad_norm:
+        raise ValueError(
+            f"expected max_grad_norm=0 with Muon under DeepSpeed, got {args.max_grad_norm}: it takes the norm over "
+            "Muon's updates instead of the gradients, and would shrink every one of them; or use optimizer='adamw'"
+        )
+    adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    groups = []
+    for group in parameter_groups(model, args):
+        is_muon = group.pop("algorithm") == "muon"
+        for parameter in group["params"]:
+            parameter.use_muon = is_muon
+        own = {"momentum": args.muon_momentum, "ns_method": "standard"} if is_muon else adam
+        groups.append(group | own | {"use_muon": is_muon})
+    return MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs=adam)
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """`torch.optim.Muon` and `torch.optim.AdamW` behind one interface, so that schedulers, Accelerate and checkpoints
     see one optimiser: its groups are theirs, and its state is theirs.

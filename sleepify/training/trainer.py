@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from sleepify.cache import SleepCache
@@ -30,7 +31,8 @@ from sleepify.errors import SleepifyError
 from sleepify.modeling import SleepForCausalLM
 from sleepify.training.arguments import SleepTrainingArguments
 from sleepify.training.data import SleepCollator, TaskDataset
-from sleepify.training.optim import build_optimizer
+from sleepify.training.optim import build_deepspeed_optimizer, build_optimizer
+from sleepify.training.rounds import equalise
 from sleepify.training.runs import describe_run, read_manifest, whole_or_not_at_all, write_manifest
 
 logger = logging.getLogger(__name__)
@@ -87,6 +89,7 @@ class SleepTrainer(Trainer):
         self._stop_asked = self._stop_agreed = False
         self._loops_since_log: list[int] = []
         self._state_norms: dict[str, float] = {}
+        self._config: Any = model.config
         self._run = describe_run(model, args, self.train_dataset)
         self._progress: dict[str, Any] = {}
         self.add_callback(_RestoreProgress(self))
@@ -100,11 +103,13 @@ class SleepTrainer(Trainer):
         return super()._get_train_sampler(train_dataset)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """See `build_optimizer`."""
+        """See `build_optimizer`, and under DeepSpeed `build_deepspeed_optimizer`."""
         if self.optimizer is None:
             trained = self.model if model is None else model
             assert trained is not None
-            self.optimizer = build_optimizer(trained, self.args)
+            is_partitioned = self.is_deepspeed_enabled and self.args.optimizer == "muon"
+            build = build_deepspeed_optimizer if is_partitioned else build_optimizer
+            self.optimizer = build(trained, self.args)
         return self.optimizer
 
     # --- one step --------------------------------------------------------------------------------------------------
@@ -122,13 +127,18 @@ class SleepTrainer(Trainer):
             inputs["n_loops"] = loops_of_step(self.args.loops_schedule, self.args.seed, self.state.global_step)
         if model.training:
             self._loops_since_log.append(inputs.get("n_loops") or self._run["n_loops"] or 1)
+        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self.args.world_size > 1 and "labels" in inputs:
+            config = self._config
+            inputs = equalise(inputs, config.window_size, config.backprop_windows is not None)
         cache = None
-        if model.training and self._logs_after_this_step():
-            inputs, cache = _with_cache(inputs)
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if model.training and self._logs_after_this_step() and "logits_to_keep" not in inputs:
+            cache = SleepCache()
+            inputs = _left_padded(inputs) | {"past_key_values": cache, "use_cache": False}
+        loss = super().compute_loss(model, inputs, False, num_items_in_batch)
         if cache is not None:
             self._state_norms = state_norms(cache)
-        return result
+        # Rows and columns that were added are nobody's predictions.
+        return (loss, CausalLMOutputWithPast(loss=loss)) if return_outputs else loss
 
     def _logs_after_this_step(self) -> bool:
         return (self.state.global_step + 1) % max(1, int(self.state.logging_steps)) == 0
@@ -307,17 +317,14 @@ class _RestoreProgress(TrainerCallback):
         self.trainer.restore_progress()
 
 
-def _with_cache(inputs: dict[str, Any]) -> tuple[dict[str, Any], SleepCache | None]:
-    """The inputs with a session to read the state from afterwards, which a model only takes with left padding."""
-    inputs = dict(inputs)
+def _left_padded(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same rows as a model takes them together with a session."""
     mask = inputs.get("attention_mask")
-    if mask is not None:
-        order = mask.argsort(dim=1, stable=True)
-        for name in ("input_ids", "labels", "attention_mask"):
-            if name in inputs:
-                inputs[name] = inputs[name].gather(1, order)
-    cache = SleepCache()
-    return inputs | {"past_key_values": cache, "use_cache": False}, cache
+    if mask is None:
+        return inputs
+    order = mask.argsort(dim=1, stable=True)
+    names = ("input_ids", "labels", "attention_mask")
+    return inputs | {name: inputs[name].gather(1, order) for name in names if name in inputs}
 
 
 def state_norms(cache: SleepCache) -> dict[str, float]:

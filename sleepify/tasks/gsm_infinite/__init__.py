@@ -2,11 +2,11 @@
 
     >>> from sleepify.tasks.gsm_infinite import PETS, GsmInfinite
     >>> task = GsmInfinite(operations=[4], depth=2, modes=["forward"], vocabulary=[PETS], size=(2, 2))
-    >>> problem = task.problem(0)
+    >>> problem = task.problem(1)
     >>> print(problem.problem)
-    X
-    >>> problem.question, problem.answer
-    X
+    The number of cat in Ash equals 2. The number of dog in Cedar equals 4. The number of cat in Cedar equals 2.
+    >>> print(problem.question, problem.answer)
+    What is the total number of pets in Cedar? 6
 
 The answer follows from a few of the sentences; the others are distractors, as many as a target number of tokens takes
 (``target_tokens=(2000, 3300)`` with the tokenizer of your model). A place's total is the sum of everything that the

@@ -76,9 +76,7 @@ class Core:
         return self.values[self.query]
 
 
-def draw_core(
-    rng: Random, operations: int, depth: int, reverse: bool, size: tuple[int, int], attempts: int = 50_000
-) -> Core:
+def draw_core(rng: Random, operations: int, depth: int, reverse: bool, size: tuple[int, int]) -> Core:
     """Draw until a problem has exactly these operations.
 
     Args:
@@ -87,13 +85,13 @@ def draw_core(
         depth: 2 (counts and totals) or 3 (also averages and their totals).
         reverse: hide a value and ask for it.
         size: most places and things of a structure, at most (5, 5).
-        attempts: how often to try.
 
     Raises:
-        ValueError: no problem came out of so many attempts.
+        ValueError: no problem came out of far more attempts than problems of the full size take.
     """
     # One more from 8 on: with the plain half the problems have fewer binary operations than the published statistics.
     budget = (operations + 1) // 2 + (operations >= 8)
+    attempts = 5000 * operations
     for _ in range(attempts):
         structure = draw_structure(rng, budget, depth, reverse, size)
         core = _draw_dependencies(rng, structure, operations, budget, reverse) if structure else None
@@ -252,15 +250,14 @@ def _add_distractors(
     apart: list[Parameter] = []
     rest = [p for p in structure.instances() if p not in definitions]
     rng.shuffle(rest)
-    totals = structure.totals()
+    known = set(order)
+    open_totals = [(p, named_parts(structure, p)) for p in structure.totals() if p not in known]
     for parameter in rest:
         if rng.random() < 0.5:
             pool = list(apart)
             apart.append(parameter)
         else:
-            known = {*present, *apart}
-            computable = [p for p in totals if p not in known and known.issuperset(named_parts(structure, p))]
-            pool = [p for p in present if p != parameter] + computable
+            pool = present + [total for total, parts in open_totals if known.issuperset(parts)]
         number = 1
         while number < min(MOST_SOURCES, len(pool) + 1) and rng.random() < 0.5:
             number += 1
@@ -268,6 +265,7 @@ def _add_distractors(
         drawn = rng.sample(pool, min(len(pool), number - literal))
         definitions[parameter] = _definition(rng, drawn, literal or not drawn)
         present.append(parameter)
+        known.add(parameter)
 
 
 def evaluate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
@@ -12,6 +13,8 @@ from sleepify.tasks.gsm_infinite.solver import solve
 Mode = Literal["forward", "reverse"]
 PUBLISHED_MODES: dict[str, Mode] = {"normalforward": "forward", "forwardreverse": "reverse"}
 """The benchmark's names of the modes."""
+
+_REPLY = re.compile(r"^\s*(-?\d+)(?!\d|\.\d)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,11 @@ class Problem:
     operations: int
     theme: str
     mode: Mode
+
+    def is_correct(self, reply: str) -> bool:
+        """Score a generated reply: the integer after its last "Answer:", or all there is, must be the answer."""
+        found = _REPLY.search(reply.rpartition("Answer:")[2])
+        return found is not None and int(found[1]) == self.answer
 
     def check(self) -> None:
         """Solve from the text.

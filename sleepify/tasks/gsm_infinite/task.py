@@ -16,7 +16,7 @@ from sleepify.tasks.gsm_infinite.vocabulary import THEMES, Theme
 
 _TEST_SHARE = 8
 """One problem in so many belongs to the test split."""
-_DRAWS = 2000
+_DRAWS = 1000
 """Problems drawn for one index before giving up on what was asked."""
 
 
@@ -79,7 +79,7 @@ class GsmInfinite:
         for theme in self.themes:
             if not self._depths(theme, self.operations[0]):
                 raise ValueError(
-                    f"theme {theme.name!r} has no problems with {self.operations[0]} operations and depth {self.depths}: "
+                    f"theme {theme.name!r} has no problems of {self.operations[0]} operations and depth {self.depths}: "
                     "1 operation needs depth 3, and depth 3 a theme with averages"
                 )
             if self.target and not (theme.noise_places and theme.noise_things):

@@ -358,12 +358,15 @@ def run(name: str, task_arguments: type, argv: Sequence[str] | None, description
     )
     if trainer.is_world_process_zero():
         output = Path(training.output_dir)
-        described = {"recipe": name, "task": asdict(recipe.task), "tokenizer": recipe.model.tokenizer}
-        (output / TASK).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         write_report(report, output / REPORT)
+        described = {"recipe": name, "task": asdict(recipe.task), "tokenizer": recipe.model.tokenizer}
+        folders = [output]
         if recipe.model.lora_r:
             # The adapters are saved already; a model with them folded in is one that anything can load.
             model.merge_and_unload().save_pretrained(output / MERGED)
+            folders.append(output / MERGED)
+        for folder in folders:
+            (folder / TASK).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     return Result(report, trainer.state.global_step, seconds, cpu_seconds)
 
 

@@ -252,6 +252,13 @@ class OuroHost(Host):
         return self.language_model(input_ids=input_ids, use_cache=False, exit_at_step=0).logits
 
 
+class MultimodalRotaryHost(Host):
+    """Text of a vision-language family: its rotary tables take three positions per token, the same three for text."""
+
+    def rotary(self, hidden_states: Tensor, position_ids: Tensor) -> dict[str, Any]:
+        return super().rotary(hidden_states, position_ids.expand(3, *position_ids.shape))
+
+
 class ClampedMambaHost(Host):
     """transformers clamps the time step of these Mamba-2 layers from below, but not when it reads a single token.
 
@@ -301,7 +308,7 @@ FAMILIES: dict[str, type[Host]] = {
     "smollm3": Host,
     "gpt_neox": Host,
     "qwen3_next": Host,
-    "qwen3_5_text": Host,
+    "qwen3_5_text": MultimodalRotaryHost,
     "olmo_hybrid": Host,
     "falcon_h1": Host,
     "bamba": Host,

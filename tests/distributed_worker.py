@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,8 @@ def run(scenario: dict[str, Any], directory: Path, world: int) -> dict[str, Any]
         "adamw_learning_rate": 1e-2,
         "lr_scheduler_type": "constant",
     }
+    if "deepspeed" in scenario:
+        arguments |= {"use_cpu": False, "accelerator_config": {"use_configured_state": True}}
     losses = Losses()
     trainer = FsdpOnCpuTrainer(
         model,
@@ -93,7 +96,16 @@ def run(scenario: dict[str, Any], directory: Path, world: int) -> dict[str, Any]
         callbacks=[losses],
     )
     trainer.train()
-    return {"losses": losses.values}
+    return {"losses": losses.values, "wrapped": type(trainer.model_wrapped).__name__}
+
+
+def start_deepspeed_on_cpu() -> None:
+    """What Accelerate does on a GPU; without one it would not find a backend, and DeepSpeed would compile its own."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend="gloo")
 
 
 def main() -> None:
@@ -103,8 +115,10 @@ def main() -> None:
     results = {}
     for scenario in scenarios:
         AcceleratorState._reset_state()
+        if "deepspeed" in scenario:
+            start_deepspeed_on_cpu()
         GradientState._reset_state()
-        world = int(__import__("os").environ.get("WORLD_SIZE", 1))
+        world = int(os.environ.get("WORLD_SIZE", 1))
         results[scenario["name"]] = run(scenario, output.parent, world)
         print(scenario["name"], results[scenario["name"]], flush=True)
     if not dist.is_initialized() or dist.get_rank() == 0:

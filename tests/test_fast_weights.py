@@ -169,6 +169,7 @@ def test_the_matrix_stays_in_float32(rule: str, autocast: bool) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         outputs, (_, matrix) = mixer(x.float() if autocast else x.bfloat16())
     assert outputs.dtype == torch.bfloat16 and matrix.dtype == torch.float32
+    assert mixer._log_decay(x.to(mixer.A_log.dtype)).dtype == torch.float32
     expected, (_, expected_matrix) = exact(x)
     assert (outputs.double() - expected).norm() < BFLOAT16.rtol * expected.norm()
     assert (matrix.double() - expected_matrix).norm() < BFLOAT16.rtol * expected_matrix.norm()

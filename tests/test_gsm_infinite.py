@@ -6,6 +6,7 @@ import doctest
 import importlib
 import json
 import os
+import pickle
 import re
 import statistics
 import subprocess
@@ -282,12 +283,14 @@ def core_of(problem: Problem) -> tuple[str, ...]:
 
 
 def test_train_and_test_share_no_problem() -> None:
-    # Few words and operations, so that problems do come up again within a split: across splits they must not.
-    task = small(operations=(2,), modes=["reverse"])
-    train = [core_of(task.problem(i)) for i in range(600)]
-    test = [core_of(task.problem(i, "test")) for i in range(150)]
-    assert len(set(train)) < 580 and len(set(test)) < 150
-    assert not set(train) & set(test)
+    # Few words and operations, so that problems do come up again within a split, in one order of sentences or another:
+    # across splits they must not.
+    for settings in ({"operations": [2], "modes": ["reverse"]}, {"operations": [4], "size": (1, 2)}):
+        task = small(**settings)
+        train = [core_of(task.problem(i)) for i in range(500)]
+        test = [core_of(task.problem(i, "test")) for i in range(100)]
+        assert len(set(train)) < 480
+        assert not set(train) & set(test)
     wide = GsmInfinite(seed=1)
     assert not {core_of(wide.problem(i)) for i in range(300)} & {core_of(wide.problem(i, "test")) for i in range(100)}
 
@@ -314,9 +317,10 @@ def test_rows_are_supervised_on_the_answer_alone() -> None:
                 assert score(row, wrong) == [(problem.operations, False)]
 
 
-def test_the_small_setting_is_small() -> None:
+def test_the_small_setting_is_small_and_travels_to_workers() -> None:
     task = small()
     lengths = sorted(len(task.example(index).input_ids) for index in range(200))
+    assert pickle.loads(pickle.dumps(task)).example(3) == task.example(3)
     assert lengths[10] >= 30 and lengths[189] <= 85 and len(WordTokenizer([PETS])) < 220
 
 
@@ -397,6 +401,20 @@ def vars_of(problem: Problem) -> dict[str, Any]:
         "template": problem.theme,
         "mode": modes[problem.mode],
     }
+
+
+def test_noise_places_are_told_from_the_problems_own() -> None:
+    # Cedar has a number of its own and Birch is used by another sentence; nothing needs Elm.
+    problem = (
+        "The number of cat in Ash equals 2. The number of cat in Cedar equals 3. The number of dog in Elm equals the "
+        "total number of pets in Ash. The number of dog in Ash equals the number of cat in Birch. The number of cat in "
+        "Birch equals the number of cat in Ash."
+    )
+    (theme,) = read_vocabulary(
+        [{"problem": problem, "question": "What is the total number of pets in Ash?", "template": "t"}]
+    )
+    assert (theme.places, theme.noise_places) == ((("Ash", "Birch", "Cedar"),), ("Elm",))
+    assert (theme.things, theme.things_total, theme.each) == ((("cat", "dog"),), "pets", None)
 
 
 def test_problems_in_the_official_words(official: list[dict[str, Any]], qwen: Any) -> None:
@@ -499,7 +517,7 @@ def test_rows_survive_the_disk(tmp_path: Path) -> None:
         write_examples([], tmp_path / "none.arrow")
     with pytest.raises(ValueError, match="row 0: expected at most 10 tokens"):
         write_examples(iter(rows), tmp_path / "long.arrow", max_tokens=10)
-    assert not (tmp_path / "none.arrow").exists() and not (tmp_path / "long.arrow").exists()
+    assert [file.name for file in tmp_path.iterdir()] == ["train.arrow"]
     with pytest.raises(FileNotFoundError, match="write one"):
         CachedExamples(tmp_path / "none.arrow")
 

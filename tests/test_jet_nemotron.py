@@ -196,8 +196,8 @@ def test_logits_hidden_states_and_states(attention):
 
 def check_states(cache, prefix):
     for i in JET_LAYERS:
-        assert_close(cache.get_recurrent_state(i), CASES[f"{prefix}.{i}.recurrent_state"], PARITY, f"matrix {i}")
-        assert_close(cache.get_conv_state(i), CASES[f"{prefix}.{i}.conv_state"], PARITY, f"window {i}")
+        assert_close(cache.layers[i].recurrent_states[0], CASES[f"{prefix}.{i}.recurrent_state"], PARITY, f"matrix {i}")
+        assert_close(cache.layers[i].conv_states[0], CASES[f"{prefix}.{i}.conv_state"], PARITY, f"window {i}")
     for i in (2, 4) if prefix == "state" else ():
         for name, got in (("key_state", cache.layers[i].keys), ("value_state", cache.layers[i].values)):
             # transformers keeps window - 1 keys of a sliding layer, the published cache one more.
@@ -288,7 +288,7 @@ def test_what_was_read_from_the_cache_is_not_written_to(model):
     taken = {}
     for i in JET_LAYERS:
         original = model.model.layers[i].self_attn.forward
-        taken[i] = original(torch.zeros(2, 1, 64), (cache.get_conv_state(i), cache.get_recurrent_state(i)))[1]
+        taken[i] = original(torch.zeros(2, 1, 64), (cache.layers[i].conv_states[0], cache.layers[i].recurrent_states[0]))[1]
     kept = {i: tuple(tensor.clone() for tensor in state) for i, state in taken.items()}
     model(CASES["input_ids"][:, 9:12], past_key_values=cache)
     for i in JET_LAYERS:
@@ -300,8 +300,8 @@ def test_bfloat16_keeps_the_matrix_in_float32():
     model = load(dtype=torch.bfloat16)
     cache = model(CASES["input_ids"][:, :9], use_cache=True).past_key_values
     model(CASES["input_ids"][:, 9:10], past_key_values=cache)
-    assert {cache.get_recurrent_state(i).dtype for i in JET_LAYERS} == {torch.float32}
-    assert {cache.get_conv_state(i).dtype for i in JET_LAYERS} == {torch.bfloat16}
+    assert {cache.layers[i].recurrent_states[0].dtype for i in JET_LAYERS} == {torch.float32}
+    assert {cache.layers[i].conv_states[0].dtype for i in JET_LAYERS} == {torch.bfloat16}
 
 
 @torch.no_grad()

@@ -133,7 +133,7 @@ class Mixer(nn.Module, ABC):
         return self.o_proj(o.flatten(2)), (conv_state, matrix)
 
     def _log_decay(self, x: Tensor) -> Tensor:
-        """log a_t [B,T,H] <= 0, in float32: in bfloat16 a decay near 1 would be 1."""
+        """log a_t [B,T,H] <= 0, in float32: an error of it grows with every token it decays."""
         dtype = accumulation_dtype(x)
         return -self.A_log.to(dtype).exp() * F.softplus(self.a_proj(x).to(dtype) + self.dt_bias.to(dtype))
 

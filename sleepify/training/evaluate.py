@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from sleepify.config import SleepConfig, check_positive
 from sleepify.defaults import resolve
 from sleepify.modeling import SleepForCausalLM
-from sleepify.tasks.base import Example, Split, score
+from sleepify.tasks.base import IGNORE, Example, Split, score
 from sleepify.training.data import SleepCollator, Task
+from sleepify.training.rounds import equalise
 
 Z_95 = 1.959963984540054
 """The normal quantile of a two-sided 95% interval."""
@@ -255,29 +256,35 @@ def _predict(
 ) -> list[list[int]]:
     """The model's choice for every position of an answer, -1 at all others; one list of T per example."""
     device = next(model.parameters()).device
-    batch = SleepCollator(pad_id)([{"input_ids": example.input_ids} for example in examples])
-    width = batch["input_ids"].shape[1]
     answers = [[t for query in example.queries for t in range(query.start, query.stop)] for example in examples]
-    before = [width - len(example.input_ids) - 1 for example in examples]
-    columns = sorted({shift + t for shift, places in zip(before, answers, strict=True) for t in places})
-    arguments: dict[str, Any] = {name: tensor.to(device) for name, tensor in batch.items()}
-    arguments |= {"logits_to_keep": torch.tensor(columns, device=device), "use_cache": False}
-    if n_loops is None or window_size is None:
-        logits: Tensor = model(**arguments).logits
-    else:
+    rows = [
+        {
+            "input_ids": example.input_ids,
+            "labels": [t if i in places else IGNORE for i, t in enumerate(example.input_ids)],
+        }
+        for example, places in zip(examples, map(set, answers), strict=True)
+    ]
+    # Padded on the right, a token is in the column of its place, and what predicts it in the one before.
+    batch = {name: tensor.to(device) for name, tensor in SleepCollator(pad_id, "right")(rows).items()}
+    columns = {t - 1 for places in answers for t in places}
+    arguments: dict[str, Any] = {"use_cache": False}
+    context: AbstractContextManager[None] = nullcontext()
+    if n_loops is not None and window_size is not None:
         sleeping = _unwrap(model)
         assert isinstance(sleeping, SleepForCausalLM)
-        with _window(sleeping, window_size):
-            logits = model(**arguments, n_loops=n_loops).logits
-    choices = logits.argmax(-1).tolist()
-    column_of = {column: place for place, column in enumerate(columns)}
-    predicted = []
-    for example, shift, places, row in zip(examples, before, answers, choices, strict=True):
-        choice = [-1] * len(example.input_ids)
-        for t in places:
-            choice[t] = row[column_of[shift + t]]
-        predicted.append(choice)
-    return predicted
+        arguments["n_loops"], context = n_loops, _window(sleeping, window_size)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            batch = equalise(batch, window_size, sleeping.config.backprop_windows is not None)
+            columns |= set(batch.pop("logits_to_keep", torch.zeros(0)).tolist())
+    del batch["labels"]
+    order = sorted(columns)
+    with context:
+        logits: Tensor = model(**batch, **arguments, logits_to_keep=torch.tensor(order, device=device)).logits
+    choices = dict(zip(order, logits.argmax(-1).T.tolist(), strict=True))
+    return [
+        [choices[t - 1][row] if t in places else -1 for t in range(len(example.input_ids))]
+        for row, (example, places) in enumerate(zip(examples, map(set, answers), strict=True))
+    ]
 
 
 @torch.no_grad()

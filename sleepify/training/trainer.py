@@ -83,6 +83,15 @@ class SleepTrainer(Trainer):
             model.freeze_base(args.train_only == "fast_weights")
         self._draft_directory: Path | None = None
         super().__init__(model, args, **kwargs)
+        for asked, is_there, name in (
+            (args.fsdp, self.is_fsdp_enabled, "fsdp"),
+            (args.deepspeed, self.is_deepspeed_enabled, "deepspeed"),
+        ):
+            if asked and not is_there:
+                raise ValueError(
+                    f"expected {name} to be available, but Accelerate chose {self.accelerator.distributed_type} here and "
+                    f"would quietly train without it; launch on accelerators, or drop {name}"
+                )
         self.nonfinite_steps = 0
         self._nonfinite_in_a_row = 0
         self._loss_is_bad = torch.zeros((), dtype=torch.bool, device=args.device)

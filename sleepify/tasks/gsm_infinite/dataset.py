@@ -153,8 +153,21 @@ def write_examples(examples: Iterable[Example], path: str | Path, max_tokens: in
     path = Path(path)
     # Under another name until it is whole, so that a run that was stopped leaves no short file to be trained on.
     partial = path.with_name(path.name + ".partial")
+    try:
+        total = _write(examples, partial, schema, max_tokens)
+        if total == 0:
+            raise ValueError(f"{path}: expected rows to write, got an empty split")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return total
+
+
+def _write(examples: Iterable[Example], path: Path, schema: Any, max_tokens: int | None) -> int:
+    import pyarrow as pa
+
     total, batch = 0, []
-    with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         for example in examples:
             if max_tokens is not None and len(example.input_ids) > max_tokens:
                 raise ValueError(f"row {total}: expected at most {max_tokens} tokens, got {len(example.input_ids)}")
@@ -166,10 +179,6 @@ def write_examples(examples: Iterable[Example], path: str | Path, max_tokens: in
                 batch = []
         if batch:
             writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
-    if total == 0:
-        partial.unlink()
-        raise ValueError(f"{path}: expected rows to write, got an empty split")
-    partial.replace(path)
     return total
 
 

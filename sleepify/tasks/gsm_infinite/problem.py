@@ -91,15 +91,9 @@ class Prompt:
     def __init__(
         self, tokenizer: Tokenizer | Encode, question_first: bool = True, chain_of_thought: bool = False
     ) -> None:
-        if isinstance(tokenizer, Tokenizer):
-            has_encode = tokenizer
-            self.encode: Encode = lambda text: has_encode.encode(text, add_special_tokens=False)
-        elif callable(tokenizer):
-            self.encode = tokenizer
-        else:
-            raise TypeError(
-                f"expected a tokenizer or a callable from text to token ids, got {type(tokenizer).__name__}"
-            )
+        if not isinstance(tokenizer, Tokenizer) and not callable(tokenizer):
+            raise TypeError(f"expected a tokenizer or a callable from text to token ids, got {tokenizer!r}")
+        self.tokenizer = tokenizer
         self.end: int | None = getattr(tokenizer, "eos_token_id", None)
         self.unknown: int | None = getattr(tokenizer, "unk_token_id", None)
         self.question_first = question_first
@@ -113,6 +107,12 @@ class Prompt:
         start = f"{self._last_word}: "
         targets = ("Define", "One") if chain_of_thought else ("7", "12")
         self._gap = all(self.encode(start + target) == self.encode(start) + self.encode(target) for target in targets)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, no special tokens among them."""
+        if isinstance(self.tokenizer, Tokenizer):
+            return self.tokenizer.encode(text, add_special_tokens=False)
+        return self.tokenizer(text)
 
     @property
     def _last_word(self) -> str:

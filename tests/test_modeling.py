@@ -1,0 +1,275 @@
+"""SleepForCausalLM as a citizen of transformers: generation, compilation, embeddings, devices, training habits."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from families import VOCAB, randomise, tiny_base, tokens
+from tolerances import EXACT, FLOAT32, assert_close
+from transformers import AutoModelForCausalLM, DynamicCache, TextStreamer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from sleepify import FastWeightConfig, SleepCache, SleepConfig, SleepForCausalLM, sleepify
+
+
+def sleeping(family="qwen3", dtype=torch.float64, **keywords):
+    keywords.setdefault("fast_weights", FastWeightConfig(layers=[0, 2]))
+    model = sleepify(tiny_base(family, dtype=dtype), **({"n_loops": 3, "window_size": 5} | keywords))
+    randomise(model.fast_weights)
+    return model
+
+
+# --- generate ----------------------------------------------------------------------------------------------------------
+
+
+def test_sampling_is_reproducible_and_streams():
+    class Tokenizer:
+        def decode(self, ids, **_):
+            return " ".join(map(str, torch.as_tensor(ids).flatten().tolist())) + " "
+
+    class Keep(TextStreamer):
+        def on_finalized_text(self, text, stream_end=False):
+            self.kept = getattr(self, "kept", "") + text
+
+    model, ids = sleeping(), tokens(1, 7)
+    streamer = Keep(Tokenizer(), skip_prompt=True)
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        keywords = {"streamer": streamer} if not drawn else {}
+        drawn.append(model.generate(ids, max_new_tokens=9, do_sample=True, top_k=20, eos_token_id=None, **keywords))
+    assert torch.equal(*drawn)
+    assert streamer.kept.split() == [str(token) for token in drawn[0][0, 7:].tolist()]
+
+
+def test_generation_goes_on_with_a_returned_cache():
+    model, ids = sleeping(), tokens(2, 7)
+    keywords = {"do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+    whole = model.generate(ids, max_new_tokens=12, **keywords)
+    first = model.generate(ids, max_new_tokens=5, **keywords)
+    assert isinstance(first.past_key_values, SleepCache)
+    rest = model.generate(first.sequences, max_new_tokens=7, past_key_values=first.past_key_values, **keywords)
+    assert torch.equal(rest.sequences, whole.sequences)
+    uncached = model.generate(ids, max_new_tokens=12, use_cache=False, **keywords)
+    assert torch.equal(uncached.sequences, whole.sequences)
+
+
+def test_loops_can_be_chosen_per_generation_and_per_call():
+    model, ids = sleeping(), tokens(1, 12)
+    logits = {n: model(ids, n_loops=n).logits for n in (1, 3)}
+    assert_close(model(ids).logits, logits[3], EXACT, "the model's own N")
+    assert (logits[1] - logits[3]).abs().max() > 1e-2
+    generated = {n: model.generate(ids, max_new_tokens=8, do_sample=False, n_loops=n) for n in (1, 3)}
+    assert not torch.equal(generated[1], generated[3])
+
+
+def test_beam_search_is_that_without_a_cache():
+    model = sleeping()
+    ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :3] = 0
+    keywords = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False, "eos_token_id": None, "attention_mask": mask}
+    assert torch.equal(model.generate(ids, **keywords), model.generate(ids, use_cache=False, **keywords))
+
+
+def test_assisted_decoding_and_foreign_caches_are_refused_by_name():
+    model, ids = sleeping(), tokens(1, 6)
+    with pytest.raises(ValueError, match="assisted generation"):
+        model.generate(ids, assistant_model=tiny_base("qwen3"), max_new_tokens=3)
+    with pytest.raises(ValueError, match="assisted generation"):
+        model.generate(ids, prompt_lookup_num_tokens=2, max_new_tokens=3)
+    with pytest.raises(ValueError, match="SleepCache"):
+        model.generate(ids, past_key_values=DynamicCache(), max_new_tokens=3)
+    with pytest.raises(ValueError, match="SleepCache"):
+        model(ids, past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="cache_implementation"):
+        model.generate(ids, cache_implementation="static", max_new_tokens=3)
+
+
+def test_several_sequences_from_one_prompt():
+    model, ids = sleeping(), tokens(1, 6)
+    torch.manual_seed(0)
+    out = model.generate(ids, do_sample=True, num_return_sequences=3, max_new_tokens=4, eos_token_id=None)
+    assert out.shape == (3, 10) and (out[:, :6] == ids).all()
+
+
+# --- logits, loss ------------------------------------------------------------------------------------------------------
+
+
+def test_logits_to_keep():
+    model = sleeping()
+    ids, mask = tokens(2, 13), torch.ones(2, 13, dtype=torch.long)
+    mask[1, :4] = 0
+    every = model(ids, attention_mask=mask).logits
+    assert_close(model(ids, attention_mask=mask, logits_to_keep=3).logits, every[:, -3:], EXACT, "last three")
+    chosen = torch.tensor([12, 2, 7])
+    assert_close(model(ids, attention_mask=mask, logits_to_keep=chosen).logits, every[:, chosen], EXACT, "chosen")
+    out = model(ids, attention_mask=mask, labels=ids, logits_to_keep=0)
+    assert_close(out.logits, every, EXACT, "with labels")
+
+
+def test_a_batch_without_a_single_label_has_loss_zero_and_can_be_differentiated():
+    model, ids = sleeping(), tokens(2, 13)
+    loss = model(ids, labels=torch.full_like(ids, -100)).loss
+    assert loss == 0
+    loss.backward()
+
+
+def test_output_types():
+    model, ids = sleeping(), tokens(1, 6)
+    out = model(ids)
+    assert isinstance(out, CausalLMOutputWithPast) and out.loss is None
+    as_tuple = model(ids, labels=ids, return_dict=False)
+    assert isinstance(as_tuple, tuple) and as_tuple[0].dim() == 0
+    assert model(ids, labels=ids).past_key_values is None
+    assert model.train()(ids).past_key_values is None
+    with pytest.raises(TypeError):
+        model(ids, output_attentions=True)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+def test_attention_implementations_agree(implementation, eviction):
+    model = sleeping(dtype=torch.float32, eviction=eviction)
+    ids, mask = tokens(2, 13), torch.ones(2, 13, dtype=torch.long)
+    mask[1, :6] = 0
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+        model.set_attn_implementation(implementation)
+        assert model.language_model.config._attn_implementation == implementation
+        assert_close(model(ids, attention_mask=mask).logits, expected, FLOAT32, implementation)
+
+
+def test_the_wake_step_compiles():
+    model = sleeping(dtype=torch.float32)
+    ids = tokens(2, 9)
+    with torch.no_grad():
+        expected, cache = model(ids), SleepCache()
+        compiled = torch.compile(model, backend="aot_eager")
+        steps = [compiled(ids[:, t : t + 1], past_key_values=cache).logits for t in range(9)]
+    assert_close(torch.cat(steps, 1), expected.logits, FLOAT32, "compiled steps")
+    torch._dynamo.reset()
+
+
+# --- embeddings, parameters, copies --------------------------------------------------------------------------------------
+
+
+def test_resizing_embeddings_tied_or_not():
+    for tied in (False, True):
+        model = sleepify(tiny_base("qwen3", tie_word_embeddings=tied), window_size=5)
+        ids = tokens(1, 8)
+        before = model(ids).logits
+        model.resize_token_embeddings(VOCAB + 3)
+        assert model.get_input_embeddings().weight.shape[0] == VOCAB + 3 == model.config.text_config.vocab_size
+        after = model(ids).logits
+        assert after.shape[-1] == VOCAB + 3
+        assert_close(after[..., :VOCAB], before, EXACT, "old logits")
+        same = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        assert same == tied
+
+
+def test_tied_embeddings_survive_a_round_trip(tmp_path):
+    model = sleepify(tiny_base("qwen3", dtype=torch.float32, tie_word_embeddings=True), window_size=5)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
+    assert torch.equal(again(tokens(1, 8)).logits, model(tokens(1, 8)).logits)
+
+
+def test_freezing_and_counting(capsys):
+    model = sleeping()
+    model.freeze_base()
+    model.print_trainable_parameters()
+    trained = sum(p.numel() for p in model.fast_weights.parameters())
+    assert f"trainable params: {trained:,}" in capsys.readouterr().out
+    model(tokens(1, 12), labels=tokens(1, 12)).loss.backward()
+    assert all(p.grad is None for p in model.language_model.parameters())
+    assert all(p.grad is not None for p in model.fast_weights.parameters())
+    model.freeze_base(False)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_the_base_comes_back_unchanged():
+    base, ids = tiny_base("qwen3"), tokens(1, 9)
+    expected = base(ids).logits
+    model = sleepify(base, window_size=4)
+    model.generate(ids, max_new_tokens=4)
+    assert model.unload() is base and torch.equal(base(ids).logits, expected)
+
+
+def test_copies_and_pickles_are_models_of_their_own():
+    model, ids = sleeping(), tokens(1, 9)
+    expected = model(ids).logits
+    twin = copy.deepcopy(model)
+    twin.fast_weights[0].o_proj.weight.data.zero_()
+    assert torch.equal(model(ids).logits, expected) and not torch.equal(twin(ids).logits, expected)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(ids).logits, expected)
+
+
+def test_built_from_a_configuration_alone():
+    config = SleepConfig(text_config=tiny_base("qwen3").config, n_loops=2, window_size=4)
+    model = AutoModelForCausalLM.from_config(config)
+    assert isinstance(model, SleepForCausalLM) and model.fast_weights[0].o_proj.weight.count_nonzero() == 0
+    assert model.language_model.model.layers[0].self_attn.q_proj.weight.std() > 0
+    loss = model(tokens(1, 9), labels=tokens(1, 9)).loss
+    loss.backward()
+    assert loss.isfinite()
+
+
+def test_a_base_that_checkpoints_its_own_layers_does_not_lose_its_state():
+    base = tiny_base("jet_nemotron").train()
+    base.gradient_checkpointing_enable()
+    model = sleepify(base, window_size=4, n_loops=2)
+    assert model.training and not any(getattr(m, "gradient_checkpointing", False) for m in base.modules())
+    expected = model.eval()(tokens(1, 11)).logits
+    assert_close(model.train()(tokens(1, 11), logits_to_keep=0).logits, expected, EXACT, "in training")
+
+
+def test_lora_finds_its_targets():
+    peft = pytest.importorskip("peft", reason="peft is an optional extra")
+    model = sleeping(dtype=torch.float32)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, task_type="CAUSAL_LM"))
+    targets = [name for name, _ in wrapped.named_modules() if name.endswith("lora_A")]
+    assert len(targets) == 2 * (4 + 2)  # in four layers of the base and two inserted ones
+    ids = tokens(2, 12)
+    wrapped(input_ids=ids, labels=ids).loss.backward()
+    grads = [p.grad for n, p in wrapped.named_parameters() if "lora_B" in n]
+    assert all(g is not None and g.abs().sum() > 0 for g in grads)
+    assert wrapped.generate(input_ids=ids, max_new_tokens=7, do_sample=False).shape == (2, 19)
+
+
+# --- sessions ----------------------------------------------------------------------------------------------------------
+
+
+def test_sessions_do_not_share_anything():
+    model = sleeping()
+    cache = model(tokens(2, 7)).past_key_values
+    branch = cache.clone()
+    one = model(tokens(2, 6, seed=1), past_key_values=cache).logits
+    other = model(tokens(2, 6, seed=1), past_key_values=branch).logits
+    assert torch.equal(one, other)
+    cache.reset()
+    assert_close(model(tokens(1, 7), past_key_values=cache).logits, model(tokens(1, 7)).logits, EXACT, "after a reset")
+
+
+def test_rows_can_be_picked_and_repeated():
+    model, ids = sleeping(eviction="sliding"), tokens(3, 12)
+    cache, more = model(ids).past_key_values, tokens(3, 7, seed=5)
+    picked = cache.clone()
+    picked.batch_select_indices(torch.tensor([2, 0]))
+    whole = model(more, past_key_values=cache.clone()).logits
+    assert_close(model(more[[2, 0]], past_key_values=picked).logits, whole[[2, 0]], EXACT, "picked")
+    cache.batch_repeat_interleave(2)
+    twice = model(more.repeat_interleave(2, 0), past_key_values=cache).logits
+    assert_close(twice, whole.repeat_interleave(2, 0), EXACT, "repeated")
+
+
+def test_a_session_can_be_detached():
+    model = sleeping().train()
+    cache = SleepCache()
+    model(tokens(1, 7), past_key_values=cache)
+    cache.detach_()
+    assert not any(tensor.requires_grad for tensor in cache.memory.tensors())
+    model(tokens(1, 5), past_key_values=cache).logits.sum().backward()

@@ -1,0 +1,327 @@
+"""Every configuration parses, every recipe runs, and what is misspelt is refused by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from families import tiny_base
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sleepify import SleepForCausalLM, sleepify
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = ROOT / "recipes"
+sys.path.insert(0, str(RECIPES))
+
+import common  # noqa: E402
+import depo  # noqa: E402
+import evaluate as evaluate_recipe  # noqa: E402
+import gsm_inf  # noqa: E402
+import rule110  # noqa: E402
+
+GSM_MODELS = {
+    "jet_nemotron_2b": ["hard", "n1", "n1_compute"],
+    "ouro_1.4b": ["hard", "sliding_stage1", "sliding_stage2", "n1", "n1_compute", "full_attention"],
+    "qwen3.5_2b": ["hard", "lora"],
+    "qwen3_1.7b": ["hard", "lora", "full_attention", "sliding_attention"],
+    "olmo_hybrid_7b": ["hard"],
+    "gsm_inf": ["tiny"],
+}
+BASELINES = ["n1", "n1_compute", "n1_deep", "full_attention", "sliding_attention"]
+CONFIGS: dict[str, Any] = {
+    **{f"rule110_{name}": rule110 for name in ["t32", "small", "tiny", *BASELINES]},
+    **{f"depo_{name}": depo for name in ["k16", "tiny", *BASELINES]},
+    **{f"{model}_{name}": gsm_inf for model, names in GSM_MODELS.items() for name in names},
+}
+ARGUMENTS = {rule110: rule110.Rule110Arguments, depo: depo.DepoArguments, gsm_inf: gsm_inf.GsmInfiniteArguments}
+NO_GPU = ["--use_cpu", "--bf16", "False"]
+
+
+def parse(name: str, *overrides: str) -> common.Recipe:
+    """A configuration of ours; without its GPU, which is not here to be checked for."""
+    path = str(RECIPES / "configs" / f"{name}.yaml")
+    return common.parse(ARGUMENTS[CONFIGS[name]], [path, *NO_GPU, *overrides], None)
+
+
+def test_the_configurations_are_the_expected_ones() -> None:
+    found = {path.stem for path in (RECIPES / "configs").rglob("*") if path.is_file()}
+    assert found == set(CONFIGS)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configuration_builds_its_task_and_settings(name: str) -> None:
+    recipe = parse(name)
+    assert recipe.training.output_dir == f"outputs/{name}"
+    assert recipe.training.max_steps > 0 and recipe.training.seed == 0
+    settings = recipe.sleep.settings()
+    assert {"n_loops", "window_size", "eviction", "loop_range"} <= settings.keys()
+    if CONFIGS[name] is not gsm_inf:
+        task, test_task = recipe.task.build(), recipe.task.build(test=True)
+        assert settings["window_size"] == task.window_size == test_task.window_size
+        # The architecture is one that transformers knows, and sleep accepts; no weights are made.
+        with torch.device("meta"):
+            model = common.build_model(recipe.model, recipe.sleep, task.vocab_size)
+        assert isinstance(model, SleepForCausalLM) == recipe.sleep.sleep
+        assert model.config.get_text_config().vocab_size == task.vocab_size
+
+
+def test_the_papers_settings_are_the_papers() -> None:
+    """Section 3 of the paper's description: T, L, N, batch and the two learning rates."""
+    for name, length, window, n_loops, batch, muon in (
+        ("rule110_t32", 100, 24, 4, 512, 2e-3),
+        ("depo_k16", 360, 75, 4, 128, 2e-3),
+        ("jet_nemotron_2b_hard", 3300, 2000, 6, 256, 1e-3),
+        ("ouro_1.4b_hard", 3300, 2000, 4, 256, 1e-3),
+        ("ouro_1.4b_sliding_stage1", 3300, 512, 4, 256, 1e-3),
+        ("ouro_1.4b_sliding_stage2", 3300, 512, 4, 256, 1e-3),
+    ):
+        recipe = parse(name)
+        training, sleep = recipe.training, recipe.sleep
+        longest = recipe.task.target_tokens[1] if CONFIGS[name] is gsm_inf else recipe.task.build().length
+        rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        assert (longest, sleep.window_size, sleep.n_loops, rows) == (length, window, n_loops, batch)
+        assert (training.muon_learning_rate, training.adamw_learning_rate) == (muon, 5e-5)
+    stages = [parse(f"ouro_1.4b_sliding_stage{stage}") for stage in (1, 2)]
+    assert [(s.sleep.eviction, s.training.train_only) for s in stages] == [("hard", "fast_weights"), ("sliding", "all")]
+    assert stages[1].model.model == stages[0].training.output_dir
+    assert stages[1].training.max_steps == 2 * stages[0].training.max_steps
+
+
+def test_baselines_differ_from_their_model_in_what_they_say() -> None:
+    for task, model in (("rule110", "t32"), ("depo", "k16")):
+        own, n1, compute, deep = (parse(f"{task}_{name}") for name in (model, "n1", "n1_compute", "n1_deep"))
+        assert (n1.sleep.n_loops, n1.training.max_steps) == (1, own.training.max_steps)
+        assert (compute.sleep.n_loops, compute.training.max_steps) == (1, 4 * own.training.max_steps)
+        layers = [recipe.model.architecture["num_hidden_layers"] for recipe in (own, deep)]
+        assert layers[1] == 4 * layers[0] and deep.sleep.loop_range == [0, layers[1]]
+        for name in ("full_attention", "sliding_attention"):
+            recipe = parse(f"{task}_{name}")
+            window = recipe.task.build().window_size
+            base = common.build_model(recipe.model, recipe.sleep, recipe.task.build().vocab_size).eval()
+            ids = torch.zeros(1, 14 * window, dtype=torch.long)
+            changed = ids.clone()
+            changed[0, 0] = 1
+            with torch.no_grad():
+                logits, other = (base(rows, logits_to_keep=1).logits for rows in (ids, changed))
+            # L tokens per layer is as far as sliding attention can hand anything on.
+            assert torch.equal(logits, other) == (name == "sliding_attention")
+
+
+def test_command_line_goes_before_file_and_file_before_what_it_extends(tmp_path: Path) -> None:
+    child = tmp_path / "child.yaml"
+    parent = os.path.relpath(RECIPES / "configs" / "rule110_tiny.yaml", tmp_path)
+    lines = {
+        "extends": parent,
+        "n_loops": 3,
+        "width": 9,
+        "architecture": {"hidden_size": 16},
+        "muon_learning_rate": "1e-3",
+    }
+    child.write_text(yaml.safe_dump(lines), encoding="utf-8")
+    recipe = common.parse(
+        rule110.Rule110Arguments, ["--config", str(child), "--n_loops", "5", "--steps", "1", "2"], None
+    )
+    assert (recipe.sleep.n_loops, recipe.task.width, recipe.task.steps, recipe.sleep.window_size) == (5, 9, [1, 2], 8)
+    assert recipe.model.architecture["hidden_size"] == 16 and recipe.model.architecture["num_hidden_layers"] == 2
+    assert recipe.training.muon_learning_rate == 1e-3
+    whole = common.parse(
+        rule110.Rule110Arguments, [str(child), "--architecture", '{"model_type": "qwen3"}', "--no_sleep"], None
+    )
+    assert whole.model.architecture == {"model_type": "qwen3"} and not whole.sleep.sleep
+
+
+@pytest.mark.parametrize(
+    ("lines", "argv", "message"),
+    [
+        ({"n_loop": 2}, [], r"child.yaml: unknown field 'n_loop' \(did you mean 'n_loops'\?\)"),
+        (
+            {"width": 9},
+            ["--windowsize", "3"],
+            r"unknown on the command line: --windowsize 3 \(did you mean 'window_size'",
+        ),
+        ({}, ["--architecture", "{"], "architecture: expected a JSON object"),
+        ({}, ["--model", "somewhere"], "expected either model or architecture"),
+        (["width"], [], "expected `field: value` lines, got list"),
+    ],
+)
+def test_refuses_by_name(lines: Any, argv: list[str], message: str, tmp_path: Path) -> None:
+    child = tmp_path / "child.yaml"
+    if isinstance(lines, dict):
+        lines = {"extends": str(RECIPES / "configs" / "rule110_tiny.yaml"), **lines}
+    child.write_text(yaml.safe_dump(lines), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        common.parse(rule110.Rule110Arguments, [str(child), *argv], None)
+
+
+@pytest.mark.parametrize("recipe", [rule110, depo, gsm_inf, evaluate_recipe])
+def test_help_explains_every_field(recipe: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        recipe.main(["--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    kinds = [ARGUMENTS.get(recipe, evaluate_recipe.EvaluateArguments)]
+    if recipe is not evaluate_recipe:
+        kinds += [common.ModelArguments, common.SleepArguments, common.TestArguments]
+    for kind in kinds:
+        for field in kind.__dataclass_fields__.values():
+            assert f"--{field.name}" in shown and field.metadata["help"].strip()
+
+
+def test_accelerate_files_are_the_expected_ones_and_load() -> None:
+    kinds = {
+        "cpu": "NO",
+        "single_gpu": "NO",
+        "ddp": "MULTI_GPU",
+        "fsdp2": "FSDP",
+        "zero2": "DEEPSPEED",
+        "zero3": "DEEPSPEED",
+    }
+    assert {path.name for path in (RECIPES / "accelerate").iterdir()} == {f"{name}.yaml" for name in kinds}
+    for name, kind in kinds.items():
+        config = load_config_from_file(str(RECIPES / "accelerate" / f"{name}.yaml"))
+        assert str(config.distributed_type).rsplit(".")[-1] == kind
+        assert config.use_cpu == (name == "cpu") and config.num_processes == (1 if kind == "NO" else 8)
+        if kind == "DEEPSPEED":
+            assert config.deepspeed_config["zero_stage"] == int(name[-1])
+        if kind == "FSDP":
+            assert config.fsdp_config["fsdp_version"] == 2
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Each recipe's two steps, all at the same time, each as a user starts it."""
+    folder = tmp_path_factory.mktemp("outputs")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(RECIPES / "accelerate/cpu.yaml")]
+    running = {}
+    for name in ("rule110", "depo", "gsm_inf"):
+        start = launch if name == "rule110" else [sys.executable]
+        tiny = str(RECIPES / "configs" / f"{name}_tiny.yaml")
+        command = [*start, str(RECIPES / f"{name}.py"), tiny, "--output_dir", str(folder / name), "--seed", "1"]
+        running[name] = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+    for name, process in running.items():
+        shown, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, f"{name}: {shown}"
+        assert "Muon: " in shown and "| N = 2, L = " in shown
+    return folder
+
+
+@pytest.mark.parametrize("name", ["rule110", "depo", "gsm_inf"])
+def test_recipe_trains_saves_and_reports(name: str, outputs: Path) -> None:
+    folder = outputs / name
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    assert {row["n_loops"] for row in report["scores"]} == {1, 2}
+    assert (folder / "report.png").stat().st_size > 0
+    assert json.loads((folder / "task.json").read_text(encoding="utf-8"))["recipe"] == name
+    assert isinstance(AutoModelForCausalLM.from_pretrained(folder), SleepForCausalLM)
+
+
+@pytest.mark.parametrize("name", ["rule110", "gsm_inf"])
+def test_evaluate_finds_the_task_again(name: str, outputs: Path, tmp_path: Path) -> None:
+    argv = ["--model", str(outputs / name), "--n_loops", "1", "2", "--n_examples", "8", "--device", "cpu"]
+    files = ["--output", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png")]
+    results = evaluate_recipe.main([*argv, *files])
+    trained = json.loads((outputs / name / "report.json").read_text(encoding="utf-8"))
+    assert results["report"]["scores"] == trained["scores"]
+    assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8")) == results
+    assert (tmp_path / "out.png").stat().st_size > 0
+    with pytest.raises(ValueError, match=r"task_arguments: \w+ has no \['widht'\]"):
+        evaluate_recipe.main([*argv, "--task_arguments", '{"widht": 9}'])
+
+
+def test_evaluate_gives_the_perplexity_of_a_text(outputs: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The number of 5 equals 3 . " * 20, encoding="utf-8")
+    with pytest.raises(ValueError, match="give --task or --text_file"):
+        evaluate_recipe.main(["--model", str(save_base(tmp_path / "base"))])
+    argv = ["--model", str(outputs / "gsm_inf"), "--task", "gsm_inf", "--n_examples", "1", "--device", "cpu"]
+    extra = ["--tokenizer", "words", "--text_file", str(text), "--context", "40", "--n_loops", "1", "2"]
+    found = evaluate_recipe.main([*argv, *extra])["perplexity"]
+    assert found.keys() == {"N = 1", "N = 2"} and all(value > 1 for value in found.values())
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def save_base(folder: Path, family: str = "qwen3") -> Path:
+    """A tiny base model on disk."""
+    tiny_base(family, dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+def test_a_sleeping_checkpoint_goes_on_with_other_settings(tmp_path: Path) -> None:
+    """As the second stage of the sliding recipe does."""
+    sleepify(tiny_base("ouro", dtype=torch.float32), n_loops=2, window_size=8).save_pretrained(tmp_path)
+    settings = common.SleepArguments(n_loops=3, window_size=6, eviction="sliding", loop_range=[0, 4], checkpoint="loop")
+    model = common.build_model(common.ModelArguments(model=str(tmp_path)), settings)
+    assert isinstance(model, SleepForCausalLM)
+    config = model.config
+    assert (config.n_loops, config.window_size, config.eviction, config.checkpoint) == (3, 6, "sliding", "loop")
+    with pytest.raises(ValueError, match="sleeps already has its layers"):
+        common.build_model(common.ModelArguments(model=str(tmp_path)), common.SleepArguments(fast_weights_num_layers=2))
+
+
+@pytest.fixture
+def recipe_in_process(tmp_path: Path) -> Iterator[Any]:
+    """Run rule110's tiny recipe here, with changes."""
+
+    def run(**changes: Any) -> Path:
+        lines = {
+            "extends": str(RECIPES / "configs" / "rule110_tiny.yaml"),
+            "output_dir": str(tmp_path / "out"),
+            **changes,
+        }
+        config = tmp_path / "changed.yaml"
+        config.write_text(yaml.safe_dump(lines), encoding="utf-8")
+        rule110.main([str(config)])
+        return tmp_path / "out"
+
+    yield run
+
+
+def test_lora_trains_inserted_layers_whole_and_folds_into_a_loadable_model(
+    recipe_in_process: Any, tmp_path: Path
+) -> None:
+    base = save_base(tmp_path / "base")
+    out = recipe_in_process(
+        architecture=None, model=str(base), tokenizer="words", loop_range=None, fast_weights_num_layers=1, lora_r=4
+    )
+    before = dict(AutoModelForCausalLM.from_pretrained(base).named_parameters())
+    merged = AutoModelForCausalLM.from_pretrained(out / "merged")
+    moved = {
+        name.removeprefix("language_model."): not torch.equal(parameter, before[name.removeprefix("language_model.")])
+        for name, parameter in merged.named_parameters()
+        if name.startswith("language_model.")
+    }
+    # Two steps: adapters start at zero, so that the second step is the first to move what they multiply.
+    assert moved["model.layers.0.self_attn.q_proj.weight"] and moved["model.layers.3.mlp.down_proj.weight"]
+    assert not any(changed for name, changed in moved.items() if "norm" in name or "embed" in name or "lm_head" in name)
+    assert any(
+        parameter.abs().sum() > 0 for name, parameter in merged.fast_weights.named_parameters() if "o_proj" in name
+    )
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    found = evaluate_recipe.main(["--model", str(out / "merged"), "--n_loops", "1", "2", "--n_examples", "8"])
+    assert found["report"]["scores"] == report["scores"]
+
+
+def test_a_base_without_sleep_is_trained_by_the_same_recipe(recipe_in_process: Any) -> None:
+    sliding = {"layer_types": ["swa", "swa"], "efficient_attention_config": {"swa": {"window_size": 8}}}
+    out = recipe_in_process(architecture=sliding, sleep=False, test_n_loops=None)
+    assert AutoConfig.from_pretrained(out).model_type == "jet_nemotron"
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert {(row["n_loops"], row["window_size"]) for row in report["scores"]} == {(1, None)}

@@ -97,7 +97,7 @@ def _licence(config: SleepConfig, online: bool) -> tuple[str | None, str]:
     found: Any = None
     if base and (readme := Path(base) / "README.md").is_file():
         found = ModelCard.load(readme).data.license
-    elif base and online:
+    elif base and online and not os.path.exists(base):
         card = HfApi().model_info(base, revision=config.base_model_revision).card_data
         found = None if card is None else card.license
     if found:

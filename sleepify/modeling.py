@@ -162,6 +162,9 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor | None = None,
         n_loops: int | None = None,
         num_items_in_batch: int | Tensor | None = None,
+        inputs_embeds: None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> CausalLMOutputWithPast:
         """Read tokens, asleep where a window is full and awake where a prediction is asked for (§5, Alg. 1).
 
@@ -178,6 +181,8 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
                 without labels and none with labels, since the loss needs only the supervised positions.
             n_loops: another N for this call.
             num_items_in_batch: what to divide the summed loss by (gradient accumulation).
+            inputs_embeds, output_attentions, output_hidden_states: wrappers such as peft name them; they must be off,
+                since sleep replays ids, and hidden states of several passes have no place in one tuple.
 
         Returns:
             ``loss``, ``logits`` [B, columns, V] (0 at padding) and ``past_key_values``, each None if not asked for.
@@ -185,6 +190,15 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: for shapes that do not fit, a cache of another model or batch, right padding with a cache.
         """
+        refused = {
+            "inputs_embeds": inputs_embeds is not None,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+        }
+        if asked := [name for name, value in refused.items() if value]:
+            raise ValueError(f"expected {', '.join(asked)} to be off, got it on: sleep replays the ids of a window")
+        if past_key_values is not None and not isinstance(past_key_values, SleepCache):
+            raise ValueError(f"expected past_key_values to be a SleepCache, got {type(past_key_values).__name__}")
         tokens = _Tokens.align(input_ids, attention_mask, past_key_values)
         if labels is not None and labels.shape != input_ids.shape:
             raise ValueError(

@@ -127,7 +127,7 @@ def sleep(blocks: Blocks, cache: SleepCache, rows: Sequence[int], options: Optio
         with nullcontext() if gradient else torch.no_grad():
             after = options.recompute("window", consolidate, blocks, window, before, options)
         if options.check_finite:
-            for key, layer in after.state.items():
+            for key, layer in sorted(after.state.items()):
                 if not all(tensor is None or bool(torch.isfinite(tensor).all()) for tensor in layer):
                     raise NonFiniteStateError(key, window=max(cache.windows[row] for row in group))
         cache.close_window(group, after)

@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from sleepify import sleepify
 from sleepify.training import SleepCollator, SleepTrainer, SleepTrainingArguments
@@ -118,6 +119,8 @@ def main() -> None:
         if "deepspeed" in scenario:
             start_deepspeed_on_cpu()
         GradientState._reset_state()
+        # Otherwise models would be built partitioned as soon as one run had used ZeRO-3.
+        unset_hf_deepspeed_config()
         world = int(os.environ.get("WORLD_SIZE", 1))
         results[scenario["name"]] = run(scenario, output.parent, world)
         print(scenario["name"], results[scenario["name"]], flush=True)

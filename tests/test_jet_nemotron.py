@@ -325,8 +325,9 @@ def test_right_padded_rows_by_lengths():
         expected = model(ids[row : row + 1, :length], past_key_values=alone).logits
         assert_close(logits[row : row + 1, :length], expected, EXACT, "logits")
         for layer in (0, 2):
-            for name in ("get_conv_state", "get_recurrent_state"):
-                got, state = getattr(together, name)(layer)[row], getattr(alone, name)(layer)[0]
+            for name in ("conv_states", "recurrent_states"):
+                got, state = (getattr(cache.layers[layer], name)[0] for cache in (together, alone))
+                got, state = got[row], state[0]
                 assert_close(got, state, EXACT, f"{name} of layer {layer}, row {row}")
 
 

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from families import VOCAB, randomise, tiny_base, tokens
-from tolerances import EXACT, FLOAT32, assert_close
+from tolerances import EXACT, FLOAT32, PARITY, assert_close
 from transformers import AutoModelForCausalLM, DynamicCache, TextStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -125,11 +125,12 @@ def test_output_types():
     assert isinstance(as_tuple, tuple) and as_tuple[0].dim() == 0
     assert model(ids, labels=ids).past_key_values is None
     assert model.train()(ids).past_key_values is None
-    with pytest.raises(TypeError):
-        model(ids, output_attentions=True)
+    for keyword in ({"output_attentions": True}, {"inputs_embeds": torch.zeros(1, 6, 32)}):
+        with pytest.raises(ValueError, match="to be off"):
+            model(ids, **keyword)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
+@pytest.mark.parametrize("implementation", ["eager", pytest.param("flex_attention", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("eviction", ["hard", "sliding"])
 def test_attention_implementations_agree(implementation, eviction):
     model = sleeping(dtype=torch.float32, eviction=eviction)
@@ -139,16 +140,16 @@ def test_attention_implementations_agree(implementation, eviction):
         expected = model(ids, attention_mask=mask).logits
         model.set_attn_implementation(implementation)
         assert model.language_model.config._attn_implementation == implementation
-        assert_close(model(ids, attention_mask=mask).logits, expected, FLOAT32, implementation)
+        assert_close(model(ids, attention_mask=mask).logits, expected, PARITY, implementation)
 
 
 def test_the_wake_step_compiles():
-    model = sleeping(dtype=torch.float32)
-    ids = tokens(2, 9)
+    model = sleeping(dtype=torch.float32, window_size=2)
+    ids = tokens(2, 5)
     with torch.no_grad():
         expected, cache = model(ids), SleepCache()
-        compiled = torch.compile(model, backend="aot_eager")
-        steps = [compiled(ids[:, t : t + 1], past_key_values=cache).logits for t in range(9)]
+        compiled = torch.compile(model, backend="eager")
+        steps = [compiled(ids[:, t : t + 1], past_key_values=cache).logits for t in range(5)]
     assert_close(torch.cat(steps, 1), expected.logits, FLOAT32, "compiled steps")
     torch._dynamo.reset()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -106,6 +107,7 @@ def test_baselines_differ_from_their_model_in_what_they_say() -> None:
         assert layers[1] == 4 * layers[0] and deep.sleep.loop_range == [0, layers[1]]
         for name in ("full_attention", "sliding_attention"):
             recipe = parse(f"{task}_{name}")
+            recipe.model.architecture |= {"hidden_size": 32, "intermediate_size": 32, "head_dim": 8}
             window = recipe.task.build().window_size
             base = common.build_model(recipe.model, recipe.sleep, recipe.task.build().vocab_size).eval()
             ids = torch.zeros(1, 14 * window, dtype=torch.long)
@@ -195,6 +197,15 @@ def test_accelerate_files_are_the_expected_ones_and_load() -> None:
             assert config.deepspeed_config["zero_stage"] == int(name[-1])
         if kind == "FSDP":
             assert config.fsdp_config["fsdp_version"] == 2
+
+
+def test_documentation_runs_and_names_files_that_exist() -> None:
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    paths = set(re.findall(r"recipes/[\w./]+\w", text))
+    assert len(paths) >= 8 and all((ROOT / path).exists() for path in paths)
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(block, "docs/training.md", "exec"), {})
+    assert all(f"`{name}" in text or f"{name}`" in text for name in ("rule110_t32", "depo_k16", "qwen3.5_2b_lora"))
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

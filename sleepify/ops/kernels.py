@@ -86,7 +86,7 @@ def _load(module: str, name: str) -> tuple[Callable[..., Any] | None, str]:
     try:
         return getattr(importlib.import_module(module), name), ""
     except ModuleNotFoundError as error:
-        return None, f"{error.name} is not installed"
+        return None, f"{(error.name or module).partition('.')[0]} is not installed"
     except (ImportError, AttributeError, OSError, RuntimeError) as error:  # built for another torch, or too old
         return None, f"{module}.{name} does not load: {error}"
 

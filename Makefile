@@ -57,7 +57,7 @@ bench: $(call READY,run)
 	@$(PYTHON) -m benchmarks.wake $(ARGS)
 
 docs: $(call READY,docs)
-	@$(PYTHON) -m mkdocs build --quiet --strict
+	@NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --quiet --strict
 	@echo "built site/index.html"
 
 clean:

@@ -80,7 +80,7 @@ def write_card(config: SleepConfig, *, online: bool = False) -> str:
             "",
             "Meant for research on long inputs that are read once and asked about later. The state has a fixed size: "
             "what was evicted can be recalled only as far as training taught the model to write it. Evaluate on your "
-            "own task, by depth and by number of evictions, before relying on it. Limits and biases of the base remain.",
+            "own task, by depth and by number of evictions, before relying on it. The base's limits and biases remain.",
             "",
             "## Method",
             "",

@@ -83,15 +83,7 @@ class SleepTrainer(Trainer):
             model.freeze_base(args.train_only == "fast_weights")
         self._draft_directory: Path | None = None
         super().__init__(model, args, **kwargs)
-        for asked, is_there, name in (
-            (args.fsdp, self.is_fsdp_enabled, "fsdp"),
-            (args.deepspeed, self.is_deepspeed_enabled, "deepspeed"),
-        ):
-            if asked and not is_there:
-                raise ValueError(
-                    f"expected {name} to be available, but Accelerate chose {self.accelerator.distributed_type} here and "
-                    f"would quietly train without it; launch on accelerators, or drop {name}"
-                )
+        self._check_sharding()
         self.nonfinite_steps = 0
         self._nonfinite_in_a_row = 0
         self._loss_is_bad = torch.zeros((), dtype=torch.bool, device=args.device)
@@ -102,6 +94,16 @@ class SleepTrainer(Trainer):
         self._run = describe_run(model, args, self.train_dataset)
         self._progress: dict[str, Any] = {}
         self.add_callback(_RestoreProgress(self))
+
+    def _check_sharding(self) -> None:
+        """Accelerate shards on accelerators only, and elsewhere quietly replicates."""
+        for name, is_there in (("fsdp", self.is_fsdp_enabled), ("deepspeed", self.is_deepspeed_enabled)):
+            asked = getattr(self.args, name) or os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true"
+            if asked and not is_there:
+                raise ValueError(
+                    f"expected {name} to be available, but Accelerate chose {self.accelerator.distributed_type} here and "
+                    f"would quietly train without it; launch on accelerators, or drop {name}"
+                )
 
     # --- data and optimiser ----------------------------------------------------------------------------------------
 
@@ -116,9 +118,13 @@ class SleepTrainer(Trainer):
         if self.optimizer is None:
             trained = self.model if model is None else model
             assert trained is not None
-            is_partitioned = self.is_deepspeed_enabled and self.args.optimizer == "muon"
-            build = build_deepspeed_optimizer if is_partitioned else build_optimizer
-            self.optimizer = build(trained, self.args)
+            if self.is_deepspeed_enabled and self.args.optimizer == "muon":
+                # ZeRO-3 could not put a matrix together from scattered gradients, and says so.
+                zero = self.accelerator.state.deepspeed_plugin.hf_ds_config.config["zero_optimization"]
+                zero.setdefault("reduce_scatter", False)
+                self.optimizer = build_deepspeed_optimizer(trained, self.args)
+            else:
+                self.optimizer = build_optimizer(trained, self.args)
         return self.optimizer
 
     # --- one step --------------------------------------------------------------------------------------------------
@@ -275,6 +281,7 @@ class SleepTrainer(Trainer):
                     "nonfinite_steps": self.nonfinite_steps,
                     "nonfinite_in_a_row": self._nonfinite_in_a_row,
                     "loss_since_log": unlogged,
+                    "loops_since_log": self._loops_since_log,
                     "last_log": self._globalstep_last_logged,
                 }
                 write_manifest(draft / final.name, self._run, progress)
@@ -315,6 +322,7 @@ class SleepTrainer(Trainer):
             self.nonfinite_steps = self._progress["nonfinite_steps"]
             self._nonfinite_in_a_row = self._progress["nonfinite_in_a_row"]
             self._tr_loss += self._progress["loss_since_log"]
+            self._loops_since_log = self._progress["loops_since_log"]
             self._globalstep_last_logged = self._progress["last_log"]
 
 

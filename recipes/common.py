@@ -233,7 +233,7 @@ def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     merged = old | new
     for name in old.keys() & new.keys():
         if isinstance(old[name], dict) and isinstance(new[name], dict) and "model_type" not in new[name]:
-            pass
+            merged[name] = _merge(old[name], new[name])
     return merged
 
 

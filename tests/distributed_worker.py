@@ -1,6 +1,6 @@
 """What each process of a distributed test runs: a few training steps per scenario, the losses and weights into a file.
 
-    python distributed_worker.py OUTPUT SCENARIOS     (torch's RANK, WORLD_SIZE ... in the environment)
+python distributed_worker.py OUTPUT SCENARIOS     (torch's RANK, WORLD_SIZE ... in the environment)
 """
 
 from __future__ import annotations
@@ -112,6 +112,7 @@ def start_deepspeed_on_cpu() -> None:
 def main() -> None:
     output, scenarios = Path(sys.argv[1]), json.loads(sys.argv[2])
     import torch.distributed as dist
+
     torch.set_num_threads(1)
     results = {}
     for scenario in scenarios:

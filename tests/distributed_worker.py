@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from families import randomise, tiny_base
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from families import randomise, tiny_base
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -42,7 +42,7 @@ class Rows(Dataset):
 
 
 class FsdpOnCpuTrainer(SleepTrainer):
-    """Accelerate shards on accelerators only, and would quietly take DDP on a CPU; everything after that choice works."""
+    """Accelerate shards on accelerators only, and would quietly take DDP on a CPU; all after that choice works."""
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()

@@ -13,6 +13,8 @@ import os
 import shutil
 import signal
 import sys
+import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ class Die(TrainerCallback):
 
 
 def build_trainer(directory: Path, callbacks: list[TrainerCallback] | None = None, **changes: Any) -> SleepTrainer:
-    """A run with everything that must come back: dropout, N drawn per step, accumulation, a schedule, both optimisers."""
+    """A run with all that must come back: dropout, N drawn per step, accumulation, a schedule, both optimisers."""
     torch.manual_seed(5)
     base = tiny_base("qwen3", torch.float32, num_hidden_layers=2, attention_dropout=0.1)
     model = sleepify(base, n_loops=2, window_size=8)
@@ -88,13 +90,15 @@ def in_a_fork(work: Any) -> int:
         except SystemExit as end:
             code = int(end.code or 0)
         except BaseException:
-            import traceback
-
             traceback.print_exc()
         finally:
             sys.stdout.flush()
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def train_and_die(directory: Path, death: Die) -> None:
+    build_trainer(directory, [death]).train()
 
 
 def die_within_a_save(directory: Path, step: int) -> None:
@@ -130,14 +134,13 @@ def main() -> None:
     deaths["terminated in step 3"] = ("on_step_begin", 2, signal.SIGTERM)
     for name, (event, step, number) in deaths.items():
         directory = root / name.replace(" ", "-")
-        trainer_dies = lambda d=directory, c=Die(event, step, number): build_trainer(d, [c]).train()  # noqa: E731
-        code = in_a_fork(trainer_dies)
+        code = in_a_fork(partial(train_and_die, directory, Die(event, step, number)))
         saved = sorted(path.name for path in directory.iterdir())
         note(name, directory, resume=True)
         results[name] |= {"code": code, "saved": saved}
         shutil.rmtree(directory)
     directory = root / "within-a-save"
-    code = in_a_fork(lambda: die_within_a_save(directory, 4))
+    code = in_a_fork(partial(die_within_a_save, directory, 4))
     saved = sorted(path.name for path in directory.iterdir())
     note("killed within a save", directory, resume=True)
     results["killed within a save"] |= {"code": code, "saved": saved, "left": sorted(os.listdir(directory))}

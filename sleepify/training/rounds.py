@@ -81,6 +81,10 @@ def equalise(batch: dict[str, Any], window_size: int, truncated: bool) -> dict[s
     ids, labels = batch["input_ids"], batch["labels"]
     mask = batch.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
+    if truncated:
+        # Sleeps without gradient come before those with, on all ranks: rows are slept on in the order they come.
+        ids, labels, mask = (tensor[mask.sum(1).argsort(descending=True)] for tensor in (ids, labels, mask))
+        batch = batch | {"input_ids": ids, "labels": labels, "attention_mask": mask}
     rounds = Rounds.of(labels, mask, window_size)
     n_windows = rounds.sleeps.max() + 1
     dist.all_reduce(n_windows, dist.ReduceOp.MAX)

@@ -478,7 +478,8 @@ def test_a_full_disk_is_a_clear_error_and_nothing_is_lost(tmp_path, size):
 def test_the_best_checkpoint_is_kept_and_named_by_its_place(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "eval_strategy": "steps", "eval_steps": 1}
     options |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "save_total_limit": 2}
-    trainer = build(tmp_path, eval_dataset=TaskDataset(TASK, "test", n_examples=4), muon_learning_rate=0.0, **options)
+    options |= {"muon_learning_rate": 0.0, "adamw_learning_rate": 0.0}
+    trainer = build(tmp_path, **options)
     trainer.train()
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
     state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())

@@ -81,10 +81,6 @@ def equalise(batch: dict[str, Any], window_size: int, truncated: bool) -> dict[s
     ids, labels = batch["input_ids"], batch["labels"]
     mask = batch.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
-    if truncated:
-        # Sleeps without gradient come before those with, on all ranks: rows are slept on in the order they come.
-        ids, labels, mask = (tensor[mask.sum(1).argsort(descending=True)] for tensor in (ids, labels, mask))
-        batch = batch | {"input_ids": ids, "labels": labels, "attention_mask": mask}
     rounds = Rounds.of(labels, mask, window_size)
     n_windows = rounds.sleeps.max() + 1
     dist.all_reduce(n_windows, dist.ReduceOp.MAX)
@@ -94,7 +90,7 @@ def equalise(batch: dict[str, Any], window_size: int, truncated: bool) -> dict[s
     dist.all_reduce(both, dist.ReduceOp.MAX)
     on_any, not_on_any = both.bool().chunk(2)
     if not (on_any & not_on_any).any():
-        return batch
+        return _longest_first(batch) if truncated else batch
     mine, everyone = mine.cpu(), on_any.cpu()
     # With truncation a row's calls depend on where it itself is supervised: then all rows are woken alike.
     wake = [window for window in range(n) if everyone[window] and (truncated or not mine[window])]
@@ -112,8 +108,19 @@ def equalise(batch: dict[str, Any], window_size: int, truncated: bool) -> dict[s
     }
     for place, sleeps in enumerate(extra, start=len(ids)):
         padded["attention_mask"][place, : sleeps * window_size + 1] = 1
+    if truncated:
+        padded = _longest_first(padded)
     columns = torch.tensor([window * window_size for window in wake], dtype=torch.long, device=ids.device)
     return batch | padded | ({"logits_to_keep": columns} if wake else {})
+
+
+def _longest_first(batch: dict[str, Any]) -> dict[str, Any]:
+    """Rows are slept on in the order they come: on all ranks those without gradient, which are longer, come first."""
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return batch
+    order = mask.sum(1).argsort(descending=True)
+    return batch | {name: batch[name][order] for name in ("input_ids", "labels", "attention_mask")}
 
 
 def _grow(tensor: Tensor, width: int, rows: int, fill: int) -> Tensor:

@@ -84,7 +84,9 @@ def measure(repeats: int) -> tuple[list[list[str]], list[list[str]]]:
         for windows in WINDOWS:
             sample = times[key, windows]
             low, _, high = quantiles(sample, n=4)
-            row.append(f"{median(sample) * 1e3:.2f} ms ({low * 1e3:.2f}-{high * 1e3:.2f}), x{median(sample) / reference:.3f}")
+            row.append(
+                f"{median(sample) * 1e3:.2f} ms ({low * 1e3:.2f}-{high * 1e3:.2f}), x{median(sample) / reference:.3f}"
+            )
         latency.append(row)
 
     memory = []
@@ -94,7 +96,9 @@ def measure(repeats: int) -> tuple[list[list[str]], list[list[str]]]:
         cache = sessions[LOOPS[-1], windows] if windows else fresh
         kept = grown[windows].layers if windows else []
         base_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in kept)
-        memory.append([str(windows), f"{cache.state_bytes:,}", f"{cache.kv_bytes:,}", f"{base_bytes:,}" if windows else "-"])
+        memory.append(
+            [str(windows), f"{cache.state_bytes:,}", f"{cache.kv_bytes:,}", f"{base_bytes:,}" if windows else "-"]
+        )
     return latency, memory
 
 
@@ -110,10 +114,10 @@ def main() -> None:
         arguments.output,
         title="A wake token, and what a session weighs",
         command="make bench",
-        intro=f"{machine()}. Qwen3 of 8 layers, 256 channels, 2 inserted Gated DeltaNet layers, window {WINDOW} tokens, "
-        f"hard eviction, half a window open, batch 1, one thread, float32; {arguments.repeats} tokens per setting, in "
-        "turn in one run. Median (quartiles), and the ratio to N = 1 after 1 window. Sleep itself is not in these "
-        "figures: it happens once per window, before the token that follows.",
+        intro=f"{machine()}. Qwen3 of 8 layers, 256 channels, 2 inserted Gated DeltaNet layers, window {WINDOW} "
+        "tokens, hard eviction, half a window open, batch 1, one thread, float32; "
+        f"{arguments.repeats} tokens per setting, in turn in one run. Median (quartiles), and the ratio to N = 1 after 1 "
+        "window. Sleep itself is not in these figures: it happens once per window, before the token that follows.",
         tables=[
             (["one wake token", *after], latency),
             (["windows read", "state, bytes", "keys and values, bytes", "base's keys and values, bytes"], memory),

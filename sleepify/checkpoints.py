@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from sleepify.card import write_card
 from sleepify.config import SleepConfig
@@ -51,7 +51,7 @@ def fingerprint(model: PreTrainedModel) -> str | None:
     return digest.hexdigest()
 
 
-# --- saving ------------------------------------------------------------------------------------------------------------
+# --- saving ---
 
 
 def save(
@@ -155,7 +155,7 @@ def push(model: SleepForCausalLM, repo_id: str, *, fast_weights_only: bool = Fal
     return str(done)
 
 
-# --- loading -----------------------------------------------------------------------------------------------------------
+# --- loading ---
 
 
 def load(
@@ -243,6 +243,8 @@ def _join(base: PreTrainedModel, config: SleepConfig, name: Any, hub: dict[str, 
     expected = {f"fast_weights.{key}": value.shape for key, value in model.fast_weights.state_dict().items()}
     if expected != {key: value.shape for key, value in tensors.items()}:
         differing = sorted(expected.items() ^ {key: value.shape for key, value in tensors.items()}.items())
-        raise CheckpointError(f"expected in {file} the tensors that config.json describes; these differ: {differing[:4]}")
+        raise CheckpointError(
+            f"expected in {file} the tensors that config.json describes; these differ: {differing[:4]}"
+        )
     model.fast_weights.load_state_dict({key.removeprefix("fast_weights."): value for key, value in tensors.items()})
     return model

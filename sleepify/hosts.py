@@ -21,14 +21,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from sleepify.conventions import ATTENTION, BOTH, RECURRENT, find_decoder, find_norm, layer_kinds
 from sleepify.errors import UnsupportedModelError
 from sleepify.memory import LayerState, Memory
 from sleepify.window_cache import WindowCache
-
-ATTENTION = {"full_attention", "sliding_attention"}
-RECURRENT = {"linear_attention", "mamba"}
-BOTH = {"hybrid", "hybrid_sliding"}
-STATELESS = {"mlp", "moe"}
 
 
 @dataclass(frozen=True)
@@ -76,7 +72,7 @@ class Host:
         self.config: PreTrainedConfig = language_model.config
         self.decoder = find_decoder(language_model)
         self.layers = self.decoder.layers
-        self.norm = _first(self.decoder, ("norm", "final_layernorm", "final_layer_norm", "norm_f"))
+        self.norm = find_norm(self.decoder)
         self.kinds = layer_kinds(self.config)
         self.n_layers = len(self.kinds)
         self.inserted = inserted or {}
@@ -89,7 +85,7 @@ class Host:
     def masks_padding(self) -> bool:
         """Whether every recurrent layer takes ``lengths``; layers of transformers let padding into their state."""
         recurrent = (self.layers[i] for i, kind in enumerate(self.kinds) if kind in RECURRENT | BOTH)
-        return all("lengths" in _parameters(type(layer)) for layer in recurrent)
+        return all("lengths" in _accepted(layer) for layer in recurrent)
 
     def last_writer(self, keep_keys: bool) -> int:
         """Layers [0, last_writer) are all that write what survives a window."""
@@ -121,7 +117,8 @@ class Host:
             valid = torch.cat([old, new], 1)
         past = WindowCache(memory, width)
         masks = {
-            reach: self._mask(reach, hidden, valid, past, position_ids) for reach in {self._reach(i) for i in self._attends()}
+            reach: self._mask(reach, hidden, valid, past, position_ids)
+            for reach in {self._reach(i) for i in self._attends()}
         }
         return hidden, Frame(position_ids, masks, self.rotary(hidden, position_ids), real, hidden, keep_keys)
 
@@ -157,14 +154,14 @@ class Host:
         kinds = {self.kinds[i] for i in self._attends()}
         if module is None:
             return dict.fromkeys(kinds)
-        if "layer_type" in _parameters(type(module)):
+        if "layer_type" in _accepted(module):
             return {kind: module(hidden_states, position_ids, kind) for kind in kinds}
         return dict.fromkeys(kinds, module(hidden_states, position_ids))
 
     def layer(self, index: int, hidden_states: Tensor, frame: Frame, cache: WindowCache) -> Tensor:
         """Layer ``index`` of the base."""
         module = self.layers[index]
-        accepted = _parameters(type(module))
+        accepted = _accepted(module)
         arguments = self.layer_arguments(index, frame, cache)
         if "*" not in accepted:
             arguments = {name: value for name, value in arguments.items() if name in accepted}
@@ -174,7 +171,7 @@ class Host:
     def layer_arguments(self, index: int, frame: Frame, cache: WindowCache) -> dict[str, Any]:
         """Keyword arguments of a decoder layer, by transformers' names."""
         kind = self.kinds[index]
-        accepted = _parameters(type(self.layers[index]))
+        accepted = _accepted(self.layers[index])
         arguments: dict[str, Any] = {
             "attention_mask": frame.masks[self._reach(index)] if kind in ATTENTION | BOTH else None,
             "position_ids": frame.position_ids,
@@ -188,7 +185,7 @@ class Host:
         if "lengths" in accepted:
             arguments["lengths"] = frame.lengths
         if self.window is not None and self._is_flash() and kind in ATTENTION | BOTH:
-            attention = getattr(self.layers[index], "self_attn", None)
+            attention: Any = getattr(self.layers[index], "self_attn", None)
             if hasattr(attention, "sliding_window"):
                 attention.sliding_window = self._reach(index)
             else:
@@ -229,7 +226,7 @@ class Host:
     def _mask(
         self, reach: int | None, hidden: Tensor, valid: Tensor | None, past: WindowCache, position_ids: Tensor
     ) -> Any:
-        arguments = {
+        arguments: dict[str, Any] = {
             "inputs_embeds": hidden,
             "attention_mask": valid,
             "past_key_values": past,
@@ -325,46 +322,6 @@ def host_class(config: PreTrainedConfig) -> type[Host]:
     return FAMILIES.get(config.model_type, Host)
 
 
-def find_decoder(language_model: PreTrainedModel) -> Any:
-    """The decoder inside a causal LM.
-
-    Raises:
-        UnsupportedModelError: naming the part that is missing.
-    """
-    name = type(language_model).__name__
-    if getattr(language_model.config, "is_encoder_decoder", False):
-        raise _unsupported(name, "a decoder-only model (this one has an encoder)")
-    decoder = getattr(language_model, language_model.base_model_prefix, None)
-    if decoder is None or decoder is language_model:
-        raise _unsupported(name, f"the decoder as attribute {language_model.base_model_prefix!r}")
-    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
-        raise _unsupported(name, "decoder blocks as `layers`")
-    _first(decoder, ("norm", "final_layernorm", "final_layer_norm", "norm_f"))
-    if language_model.get_input_embeddings() is None or language_model.get_output_embeddings() is None:
-        raise _unsupported(name, "input embeddings and a language-model head")
-    return decoder
-
-
-def layer_kinds(config: PreTrainedConfig) -> list[str]:
-    """What each layer is, in transformers' words.
-
-    Raises:
-        UnsupportedModelError: for a kind that sleep does not know how to evict.
-    """
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        slides = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
-        kinds = ["sliding_attention" if slides else "full_attention"] * config.num_hidden_layers
-    if unknown := sorted(set(kinds) - ATTENTION - RECURRENT - BOTH - STATELESS):
-        raise _unsupported(config.model_type, f"layers of known kinds (found {', '.join(unknown)})")
-    return list(kinds)
-
-
-def is_recurrent(kind: str) -> bool:
-    """Whether a layer of this kind has a fast-weight state of its own."""
-    return kind in RECURRENT | BOTH
-
-
 @torch.no_grad()
 def verify(host: Host) -> None:
     """Compare one pass of the driver with the base's own forward pass, whole and in two parts.
@@ -373,7 +330,7 @@ def verify(host: Host) -> None:
         UnsupportedModelError: if they differ; the base does something outside its layers that the driver misses.
     """
     language_model = host.language_model
-    weight = language_model.get_input_embeddings().weight
+    weight: Any = language_model.get_input_embeddings().weight
     if weight.device.type == "meta":
         return
     n_tokens = min(9, getattr(host.config, "max_position_embeddings", None) or 9)
@@ -404,21 +361,12 @@ def verify(host: Host) -> None:
         )
 
 
-def _unsupported(name: str, missing: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"expected {missing} in {name}, found none; tested families: {', '.join(sorted(FAMILIES))}; see docs/add-a-host"
-    )
-
-
-def _first(module: Any, names: Sequence[str]) -> Any:
-    for name in names:
-        if getattr(module, name, None) is not None:
-            return getattr(module, name)
-    raise _unsupported(type(module).__name__, f"a final norm named one of {', '.join(names)}")
+def _accepted(module: nn.Module) -> frozenset[str]:
+    """Names of a module's forward parameters, with "*" if it takes any keyword."""
+    return _parameters(type(module))  # type: ignore[arg-type]  # mypy does not see that classes are hashable
 
 
 @lru_cache(maxsize=256)
 def _parameters(module_class: type[nn.Module]) -> frozenset[str]:
-    """Names of a module's forward parameters, with "*" if it takes any keyword."""
     parameters = inspect.signature(module_class.forward).parameters.values()
     return frozenset("*" if p.kind is inspect.Parameter.VAR_KEYWORD else p.name for p in parameters)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils.generic import can_return_tuple
 
 from sleepify import sleep as algorithm
 from sleepify.cache import SleepCache
@@ -20,8 +19,7 @@ from sleepify.config import SleepConfig, check_positive
 from sleepify.defaults import resolve
 from sleepify.fast_weights import LAYERS, FastWeightLayer
 from sleepify.hosts import Host, host_class
-
-IGNORE = -100
+from sleepify.rows import IGNORE, Rows
 
 
 class SleepForCausalLM(PreTrainedModel, GenerationMixin):
@@ -45,8 +43,8 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _no_split_modules: ClassVar[list[str]] = ["FastWeightLayer"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _no_split_modules = ["FastWeightLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
 
     def __init__(self, config: SleepConfig, language_model: PreTrainedModel | None = None) -> None:
         super().__init__(resolve(config))
@@ -55,7 +53,7 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             # `post_init` must not draw new weights for a base that has its own.
             for module in language_model.modules():
-                module._is_hf_initialized = True
+                module._is_hf_initialized = True  # type: ignore[assignment]
         self.language_model = language_model
         inserted, width = config.fast_weights, config.text_config.hidden_size
         mixer = LAYERS[inserted.rule]
@@ -67,7 +65,9 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
             if getattr(module, "gradient_checkpointing", False):
                 module.gradient_checkpointing = False
         self._recompute = config.checkpoint
-        described = json.dumps([config.text_config.to_dict(), config.fast_weights.to_dict()], sort_keys=True, default=str)
+        described = json.dumps(
+            [config.text_config.to_dict(), config.fast_weights.to_dict()], sort_keys=True, default=str
+        )
         self._architecture = hashlib.sha256(described.encode()).hexdigest()[:12]
         self.post_init()
 
@@ -120,11 +120,16 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         trained = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
         print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}")
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         """Recompute per pass (or as ``config.checkpoint`` says), never re-entrant: layers of the base alone cannot,
         because their state must come out of the recomputed part as its value."""
         if gradient_checkpointing_kwargs and gradient_checkpointing_kwargs.get("use_reentrant"):
             raise ValueError("expected use_reentrant=False, got True: the state crosses windows as a value")
+        # transformers' activation_checkpointing_enable, which Trainer calls, arrives here with its defaults.
+        if other := {name: value for name, value in kwargs.items() if value not in (None, False, 1)}:
+            raise ValueError(f"expected every_n_layers=1 and offload=False, got {other}; set config.checkpoint instead")
         self._recompute = "loop" if self.config.checkpoint == "none" else self.config.checkpoint
 
     def gradient_checkpointing_disable(self) -> None:
@@ -151,7 +156,7 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
             check_finite=config.check_finite,
         )
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor,
@@ -199,7 +204,7 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"expected {', '.join(asked)} to be off, got it on: sleep replays the ids of a window")
         if past_key_values is not None and not isinstance(past_key_values, SleepCache):
             raise ValueError(f"expected past_key_values to be a SleepCache, got {type(past_key_values).__name__}")
-        tokens = _Tokens.align(input_ids, attention_mask, past_key_values)
+        tokens = Rows.align(input_ids, attention_mask, past_key_values)
         if labels is not None and labels.shape != input_ids.shape:
             raise ValueError(
                 f"expected labels of the shape of input_ids, {tuple(input_ids.shape)}, got {tuple(labels.shape)}"
@@ -234,11 +239,14 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         if readings:
             hidden = torch.cat([reading.hidden_states for reading in readings])
         else:
-            hidden = self.get_input_embeddings().weight.new_zeros(0, self.config.text_config.hidden_size)
+            embeddings: Any = self.get_input_embeddings()
+            hidden = embeddings.weight.new_zeros(0, self.config.text_config.hidden_size)
         scores = blocks.logits(hidden)
         rows, columns = rows.to(scores.device), columns.to(scores.device)
         return CausalLMOutputWithPast(
-            loss=None if targets is None else _loss(scores, targets.to(scores.device)[rows, columns], num_items_in_batch),
+            loss=None
+            if targets is None
+            else _loss(scores, targets.to(scores.device)[rows, columns], num_items_in_batch),
             logits=tokens.spread(scores, rows, columns, kept),
             past_key_values=cache if use_cache else None,
         )
@@ -253,8 +261,9 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         if past_key_values.owner is None:
             raise ValueError("expected a cache that has read something, got an empty one; call the model with it first")
         options = self.options(n_loops)
+        embeddings: Any = self.get_input_embeddings()
         past_key_values.bind(
-            self._owner(), past_key_values.get_batch_size(), options.window_size, self.get_input_embeddings().weight.device
+            self._owner(), past_key_values.get_batch_size(), options.window_size, embeddings.weight.device
         )
         awake = [row for row, length in enumerate(past_key_values.open_lengths) if length]
         algorithm.sleep(self.blocks, past_key_values, awake, options)
@@ -266,7 +275,7 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
 
     # --- generation ------------------------------------------------------------------------------------------------
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         given = model_kwargs.get("past_key_values")
@@ -303,7 +312,9 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
 
         return load(cls, super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
 
-    def push_to_hub(self, repo_id: str, fast_weights_only: bool = False, **kwargs: Any) -> str:
+    def push_to_hub(  # type: ignore[override]
+        self, repo_id: str, fast_weights_only: bool = False, **kwargs: Any
+    ) -> str:
         """Upload checkpoint and model card.
 
         Args:
@@ -314,91 +325,6 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         from sleepify.checkpoints import push
 
         return push(self, repo_id, fast_weights_only=fast_weights_only, **kwargs)
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    """A padded batch as its rows: real tokens left-aligned, and the way back.
-
-    Attributes:
-        ids: [B, T], row r real in its first ``lengths[r]`` columns.
-        order: [B, T], the original column of each aligned one; None if none moved.
-    """
-
-    ids: Tensor
-    lengths: list[int]
-    order: Tensor | None
-    right_padded: bool
-
-    @classmethod
-    def align(cls, input_ids: Tensor, mask: Tensor | None, cache: SleepCache | None) -> _Tokens:
-        if input_ids.dim() != 2 or input_ids.shape[1] == 0 or input_ids.dtype not in (torch.long, torch.int):
-            raise ValueError(
-                f"expected input_ids [batch, tokens] of whole numbers, got {tuple(input_ids.shape)} of {input_ids.dtype}"
-            )
-        batch, width = input_ids.shape
-        if mask is None:
-            return cls(input_ids, [width] * batch, None, False)
-        past = 0 if cache is None else cache.columns
-        if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] not in (width, past + width):
-            expected = f"{(batch, width)}" + (f" or {(batch, past + width)}" if past else "")
-            raise ValueError(f"expected attention_mask of shape {expected}, got {tuple(mask.shape)}")
-        real = mask[:, -width:].bool()
-        counts = torch.cat([real.sum(1), real[:, :-1].gt(real[:, 1:]).any(1)]).tolist()
-        lengths, right_padded = counts[:batch], any(counts[batch:])
-        if right_padded and cache is not None:
-            raise ValueError(
-                "expected left-padded rows with a cache (as in generation), got right-padded ones; "
-                "set tokenizer.padding_side = 'left'"
-            )
-        if cache is None and (empty := [row for row, length in enumerate(lengths) if length == 0]):
-            raise ValueError(f"expected at least one real token per row, rows {empty} are all padding")
-        if all(length == width for length in lengths):
-            return cls(input_ids, lengths, None, False)
-        order = real.int().argsort(dim=1, descending=True, stable=True)
-        return cls(input_ids.gather(1, order), lengths, order, right_padded)
-
-    def real(self) -> Tensor:
-        """[B, T] bool, in aligned columns."""
-        width = self.ids.shape[1]
-        counts = torch.tensor(self.lengths, device=self.ids.device)[:, None]
-        return torch.arange(width, device=self.ids.device)[None, :] < counts
-
-    def targets(self, labels: Tensor) -> Tensor:
-        """The label of the token after each, [B, T], in aligned columns; -100 after the last."""
-        labels = labels if self.order is None else labels.gather(1, self.order)
-        labels = labels.masked_fill(~self.real(), IGNORE)
-        return torch.cat([labels[:, 1:], labels.new_full((labels.shape[0], 1), IGNORE)], 1)
-
-    def columns(self, keep: int | Tensor | None, default_all: bool) -> Tensor:
-        """Original columns whose logits are returned."""
-        every = torch.arange(self.ids.shape[1], device=self.ids.device)
-        if keep is None:
-            return every if default_all else every[:0]
-        if isinstance(keep, Tensor):
-            return every[keep.to(self.ids.device)]
-        return every if keep == 0 else every[-keep:]
-
-    def aligned(self, columns: Tensor) -> Tensor:
-        """Which aligned columns are among these original ones, and real: [B, T] bool."""
-        chosen = torch.zeros(self.ids.shape[1], dtype=torch.bool, device=self.ids.device)
-        chosen[columns] = True
-        if self.order is None:
-            return chosen.expand(self.ids.shape[0], -1)
-        return chosen[self.order] & self.real()
-
-    def spread(self, scores: Tensor, rows: Tensor, aligned: Tensor, columns: Tensor) -> Tensor | None:
-        """Logits [M, V] of aligned places into [B, columns, V], 0 where there is none."""
-        if columns.numel() == 0:
-            return None
-        batch, width = self.ids.shape
-        original = aligned if self.order is None else self.order.to(aligned.device)[rows, aligned]
-        place = torch.full((width,), -1, dtype=torch.long, device=scores.device)
-        place[columns.to(scores.device)] = torch.arange(columns.numel(), device=scores.device)
-        at = place[original]
-        kept = at >= 0
-        output = scores.new_zeros(batch, columns.numel(), scores.shape[-1])
-        return output.index_put((rows[kept], at[kept]), scores[kept])
 
 
 def _loss(scores: Tensor, targets: Tensor, num_items: int | Tensor | None) -> Tensor:

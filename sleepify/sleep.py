@@ -31,7 +31,10 @@ class Blocks(Protocol):
 
     n_layers: int
     loop_range: tuple[int, int]
-    masks_padding: bool  # right-padded rows leave the state that each row alone leaves
+
+    @property
+    def masks_padding(self) -> bool:
+        """Whether right-padded rows leave the state that each row alone leaves."""
 
     def open(
         self, input_ids: Tensor, lengths: Sequence[int], positions: Sequence[int], memory: Memory, keep_keys: bool

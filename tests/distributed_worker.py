@@ -1,6 +1,9 @@
-"""What each process of a distributed test runs: a few training steps per scenario, the losses and weights into a file.
+"""What each process of a distributed test runs: a few training steps per scenario; losses into a file.
 
-python distributed_worker.py OUTPUT SCENARIOS     (torch's RANK, WORLD_SIZE ... in the environment)
+    python distributed_worker.py OUTPUT SCENARIOS     (torch's RANK, WORLD_SIZE ... in the environment)
+
+A scenario is a dict: ``name``, ``sleep`` (fields of SleepConfig), ``accumulation``, ``resume`` (go on from step 3 in a
+new trainer), and any training argument. Without WORLD_SIZE the same rows are read by one process.
 """
 
 from __future__ import annotations
@@ -12,25 +15,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from families import randomise, tiny_base
 from torch.utils.data import Dataset
-from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from sleepify import sleepify
 from sleepify.training import SleepCollator, SleepTrainer, SleepTrainingArguments
 
 STEPS = 5
-WINDOW = 6
+ROWS = 4
+SAVED = 3
 
 
 class Rows(Dataset):
     """Rows of 3 to 25 tokens with supervised stretches at different places; some windows have none, some rows too."""
 
     def __len__(self) -> int:
-        return 4 * STEPS
+        return ROWS * STEPS
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         generator = torch.Generator().manual_seed(index)
@@ -53,78 +57,83 @@ class FsdpOnCpuTrainer(SleepTrainer):
             self.is_fsdp_enabled = True
 
 
-class Losses(TrainerCallback):
-    def __init__(self) -> None:
-        self.values: list[float] = []
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-        if "loss" in logs:
-            self.values.append(logs["loss"])
-
-
-def run(scenario: dict[str, Any], directory: Path, world: int) -> dict[str, Any]:
-    """Train; returns losses and the weights' norm."""
-    scenario = dict(scenario)
-    name = scenario.pop("name")
+def build(scenario: dict[str, Any], directory: Path, world: int) -> SleepTrainer:
+    """A trainer for a scenario, with the same weights every time."""
+    scenario = {key: value for key, value in scenario.items() if key not in ("name", "resume")}
     sleep = scenario.pop("sleep", {})
-    torch.manual_seed(0)
-    base = tiny_base(scenario.pop("family", "qwen3"), torch.float32, num_hidden_layers=2)
-    model = sleepify(base, **({"n_loops": 2, "window_size": WINDOW} | sleep))
-    randomise(model.fast_weights)
     accumulation = scenario.pop("accumulation", 1)
+    torch.manual_seed(0)
+    base = tiny_base("qwen3", torch.float32, num_hidden_layers=2)
+    model = sleepify(base, **({"n_loops": 2, "window_size": 6} | sleep))
+    randomise(model.fast_weights)
     arguments = {
-        "output_dir": str(directory / name),
+        "output_dir": str(directory),
         "max_steps": STEPS,
-        "per_device_train_batch_size": 4 // world // accumulation,
+        "per_device_train_batch_size": ROWS // world // accumulation,
         "gradient_accumulation_steps": accumulation,
         "train_sampling_strategy": "sequential",
         "logging_steps": 1,
         "save_strategy": "no",
         "use_cpu": True,
         "disable_tqdm": True,
-        "muon_learning_rate": 0.02,
+        "muon_learning_rate": 2e-3,
         "adamw_learning_rate": 1e-2,
         "lr_scheduler_type": "constant",
+        "dataloader_pin_memory": False,
     }
     if "deepspeed" in scenario:
         arguments |= {"use_cpu": False, "accelerator_config": {"use_configured_state": True}}
-    losses = Losses()
-    trainer = FsdpOnCpuTrainer(
+    return FsdpOnCpuTrainer(
         model,
         SleepTrainingArguments(**(arguments | scenario)),
         train_dataset=Rows(),
         data_collator=SleepCollator(0),
-        callbacks=[losses],
     )
+
+
+def losses(trainer: SleepTrainer) -> list[float]:
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def run(scenario: dict[str, Any], root: Path, world: int) -> dict[str, Any]:
+    """Train; losses, and what wrapped the model."""
+    directory = root / scenario["name"]
+    if scenario.get("resume"):
+        scenario = scenario | {"save_strategy": "steps", "save_steps": SAVED}
+    start(scenario)
+    trainer = build(scenario, directory, world)
     trainer.train()
-    return {"losses": losses.values, "wrapped": type(trainer.model_wrapped).__name__}
+    result = {"losses": losses(trainer), "wrapped": type(trainer.model_wrapped).__name__}
+    if scenario.get("resume"):
+        start(scenario)
+        resumed = build(scenario, directory, world)
+        resumed.train(resume_from_checkpoint=str(directory / f"checkpoint-{SAVED}"))
+        result["resumed"] = losses(resumed)
+    return result
 
 
-def start_deepspeed_on_cpu() -> None:
-    """What Accelerate does on a GPU; without one it would not find a backend, and DeepSpeed would compile its own."""
-    import deepspeed
+def start(scenario: dict[str, Any]) -> None:
+    """Accelerate and transformers as they are in a new process."""
+    # A model would be built partitioned as soon as one run had used ZeRO-3.
+    unset_hf_deepspeed_config()
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        os.environ.pop(name, None)
+    if "deepspeed" in scenario:
+        # What Accelerate does on a GPU; without one it would find no backend, and DeepSpeed would compile its own.
+        import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-    PartialState(backend="gloo")
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        PartialState(backend="gloo")
 
 
 def main() -> None:
     output, scenarios = Path(sys.argv[1]), json.loads(sys.argv[2])
-    import torch.distributed as dist
-
     torch.set_num_threads(1)
-    results = {}
-    for scenario in scenarios:
-        AcceleratorState._reset_state()
-        if "deepspeed" in scenario:
-            start_deepspeed_on_cpu()
-        GradientState._reset_state()
-        # Otherwise models would be built partitioned as soon as one run had used ZeRO-3.
-        unset_hf_deepspeed_config()
-        world = int(os.environ.get("WORLD_SIZE", 1))
-        results[scenario["name"]] = run(scenario, output.parent, world)
-        print(scenario["name"], results[scenario["name"]], flush=True)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    results = {scenario["name"]: run(scenario, output.parent, world) for scenario in scenarios}
     if not dist.is_initialized() or dist.get_rank() == 0:
         output.write_text(json.dumps(results))
     if dist.is_initialized():

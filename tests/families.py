@@ -63,7 +63,8 @@ HYBRID: dict[str, dict[str, Any]] = {
     "qwen3_next": GATED_DELTA | EXPERTS | {"shared_expert_intermediate_size": 16, "decoder_sparse_step": 1},
     "qwen3_5_text": GATED_DELTA,
     "olmo_hybrid": GATED_DELTA | {"num_key_value_heads": 4},
-    "falcon_h1": MAMBA | {"mamba_d_ssm": 64, "embedding_multiplier": 1.5, "lm_head_multiplier": 0.5, "key_multiplier": 0.7},
+    "falcon_h1": MAMBA
+    | {"mamba_d_ssm": 64, "embedding_multiplier": 1.5, "lm_head_multiplier": 0.5, "key_multiplier": 0.7},
     "bamba": MAMBA | {"attn_layer_indices": [1, 3]},
     "granitemoehybrid": MAMBA
     | EAGER

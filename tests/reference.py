@@ -68,7 +68,11 @@ def read_row(model: SleepForCausalLM, row: Tensor, n_loops: int | None = None, d
         cache, state = Retained(kept), dict(state)
         for index in range(first, last):
             output = decoder.layers[index](
-                hidden, attention_mask=mask, position_ids=positions[None], position_embeddings=rotary, past_key_values=cache
+                hidden,
+                attention_mask=mask,
+                position_ids=positions[None],
+                position_embeddings=rotary,
+                past_key_values=cache,
             )
             hidden = output[0] if isinstance(output, tuple) else output
             if index in inserted:
@@ -108,7 +112,9 @@ def read_row(model: SleepForCausalLM, row: Tensor, n_loops: int | None = None, d
             state = {i: tuple(t.detach() for t in pair) for i, pair in state.items()}
         if sliding:
             seen = keys | looped_keys | coda_keys
-            kept = {i: (k[:, :, -(size - 1) :], v[:, :, -(size - 1) :]) for i, (k, v) in seen.items()} if size > 1 else {}
+            kept = (
+                {i: (k[:, :, -(size - 1) :], v[:, :, -(size - 1) :]) for i, (k, v) in seen.items()} if size > 1 else {}
+            )
         trace.states.append(state)
         trace.kept.append(kept)
     trace.logits = torch.cat(logits)

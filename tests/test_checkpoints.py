@@ -69,7 +69,7 @@ def test_from_a_path_and_by_keyword_or_config(base_dir):
     assert by_path.config.base_fingerprint == by_config.config.base_fingerprint
 
 
-# --- inserted weights alone --------------------------------------------------------------------------------------------
+# --- inserted weights alone
 
 
 def test_inserted_weights_alone_find_their_base(base_dir, tmp_path):
@@ -121,7 +121,7 @@ def test_a_trained_base_cannot_be_left_out(base_dir, tmp_path):
         sleepify(tiny_base("jet_nemotron")).save_pretrained(tmp_path / "small", fast_weights_only=True)
 
 
-# --- damage ------------------------------------------------------------------------------------------------------------
+# --- damage
 
 
 def truncate(path):
@@ -166,7 +166,9 @@ def test_damaged_inserted_weights(base_dir, tmp_path, damage):
         (tmp_path / "small" / "config.json").write_text(json.dumps(config))
     base = AutoModelForCausalLM.from_pretrained(base_dir)
     expected = base(tokens(1, 5)).logits
-    with pytest.raises(CheckpointError, match={"truncated": "damaged", "altered": "altered", "reshaped": "differ"}[damage]):
+    with pytest.raises(
+        CheckpointError, match={"truncated": "damaged", "altered": "altered", "reshaped": "differ"}[damage]
+    ):
         sleepify(base, fast_weights=tmp_path / "small")
     assert torch.equal(base(tokens(1, 5)).logits, expected)
 
@@ -191,7 +193,7 @@ def test_a_full_disk_leaves_what_was_there(base_dir, tmp_path, monkeypatch, alon
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "kept"]
 
 
-# --- elsewhere ---------------------------------------------------------------------------------------------------------
+# --- elsewhere
 
 
 def test_without_sleepify_a_checkpoint_fails_instead_of_loading_the_base(base_dir, tmp_path):
@@ -214,7 +216,16 @@ def test_the_card_says_what_it_is(tmp_path):
     model = sleepify(tiny_base("ouro", dtype=torch.float32), n_loops=4, window_size=64, eviction="sliding")
     model.save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
-    for words in ("license: apache-2.0", "| 4 |", "64 tokens", "sliding", "import sleepify", "2605.26099", "limits", "jet"):
+    for words in (
+        "license: apache-2.0",
+        "| 4 |",
+        "64 tokens",
+        "sliding",
+        "import sleepify",
+        "2605.26099",
+        "limits",
+        "jet",
+    ):
         assert words in card, words
     (tmp_path / "README.md").write_text("mine")
     model.save_pretrained(tmp_path)
@@ -244,7 +255,9 @@ def test_push_to_hub_uploads_what_save_writes(base_dir, monkeypatch):
     monkeypatch.setattr(checkpoints, "HfApi", Api)
     model = sleeping(AutoModelForCausalLM.from_pretrained(base_dir))
     assert model.push_to_hub("ouro-sleep", fast_weights_only=True, token="t", revision="main") == "commit"
-    assert calls["files"] == {"config.json", "fast_weights.safetensors", "README.md"} and calls["repo"] == "me/ouro-sleep"
+    assert (
+        calls["files"] == {"config.json", "fast_weights.safetensors", "README.md"} and calls["repo"] == "me/ouro-sleep"
+    )
     assert calls["token"] == "t" and calls["revision"] == "main" and "inserted layers alone" in calls["card"]
     with pytest.raises(TypeError, match="unknown"):
         model.push_to_hub("x", privat=True)

@@ -48,7 +48,7 @@ def assert_same_session(actual: SleepCache, expected: SleepCache, what: str) -> 
                 assert_close(left[row, :, n[0] :], right[row, :, n[1] :], EXACT, f"{what}: keys of layer {layer}")
 
 
-# --- 1. Blocks ---------------------------------------------------------------------------------------------------------
+# --- 1. Blocks
 
 
 @SETTINGS
@@ -100,7 +100,7 @@ def test_01_ouro_closes_each_loop_with_its_norm():
         assert_close(model(ids).logits[0], read_row(model, ids[0]).logits, EXACT, f"logits, loop range {loop_range}")
 
 
-# --- 2. When sleep runs ------------------------------------------------------------------------------------------------
+# --- 2. When sleep runs
 
 
 @SETTINGS
@@ -111,7 +111,9 @@ def test_02_the_same_text_gives_the_same_state_however_it_arrives(models, evicti
     cuts = data.draw(st.lists(st.integers(1, length - 1), unique=True, max_size=4).map(sorted))
     whole = model(ids)
     split = SleepCache()
-    pieces = [model(ids[:, a:b], past_key_values=split).logits for a, b in zip([0, *cuts], [*cuts, length], strict=True)]
+    pieces = [
+        model(ids[:, a:b], past_key_values=split).logits for a, b in zip([0, *cuts], [*cuts, length], strict=True)
+    ]
     assert_close(torch.cat(pieces, 1), whole.logits, EXACT, "logits")
     assert_same_session(split, whole.past_key_values, f"cut at {cuts}")
     # With only the last logits asked for, full windows are never read awake: the state must not notice.
@@ -160,7 +162,7 @@ def test_02_sleep_on_demand_full_or_not(models, eviction):
     assert_same_session(again, cache, "nothing awake, nothing to do")
 
 
-# --- 3. Supervised windows ---------------------------------------------------------------------------------------------
+# --- 3. Supervised windows
 
 
 @SETTINGS
@@ -188,7 +190,7 @@ def test_03_the_window_of_a_prediction_is_that_of_the_token_before_the_label(mod
     assert_close(model(ids, labels=labels).loss, expected, EXACT, "loss at a boundary")
 
 
-# --- 4. N = 1 is the base model (all families: test_families.py) ---------------------------------------------------------
+# --- 4. N = 1 is the base model (all families: test_families.py)
 
 
 def test_04_a_text_within_the_window_gives_the_logits_of_the_base():
@@ -227,7 +229,7 @@ def test_04_a_purely_recurrent_base_at_any_length_under_hard_eviction():
     assert_close(model(ids).logits, base(ids, use_cache=False).logits, EXACT, "logits past five windows")
 
 
-# --- 5. Evicted means gone ---------------------------------------------------------------------------------------------
+# --- 5. Evicted means gone
 
 
 @pytest.mark.parametrize("eviction", ["hard", "sliding"])
@@ -258,7 +260,7 @@ def test_05_convolution_inputs_cross_windows():
     assert conv.shape[-1] == 4 and conv.abs().amax(1).gt(0).all()  # four taps hold the last two windows of two tokens
 
 
-# --- 6. Retained keys --------------------------------------------------------------------------------------------------
+# --- 6. Retained keys
 
 
 def test_06_retained_keys_are_those_of_the_last_pass():
@@ -283,7 +285,7 @@ def test_06_no_token_sees_further_than_the_window():
     assert changed.nonzero().flatten().tolist() == [9, 10, 11, 12]
 
 
-# --- 7. Positions ------------------------------------------------------------------------------------------------------
+# --- 7. Positions
 
 
 def test_07_positions_restart_under_hard_and_run_on_under_sliding_eviction(models):
@@ -304,7 +306,7 @@ def test_07_a_stream_may_be_longer_than_the_base_has_positions():
     assert logits.isfinite().all()
 
 
-# --- 8. A batch is its rows --------------------------------------------------------------------------------------------
+# --- 8. A batch is its rows
 
 
 @SETTINGS
@@ -333,7 +335,9 @@ def test_08_loss_logits_and_state_of_padded_rows(models, eviction, lengths, side
     for row, (place, trace) in enumerate(zip(places, traces, strict=True)):
         assert_close(out.logits[row, place], trace.logits, EXACT, f"logits of row {row}")
         assert (out.logits[row][mask[row] == 0] == 0).all()
-    totals, counts = zip(*(loss_of(t, labels[r, p]) for r, (t, p) in enumerate(zip(traces, places, strict=True))), strict=True)
+    totals, counts = zip(
+        *(loss_of(t, labels[r, p]) for r, (t, p) in enumerate(zip(traces, places, strict=True))), strict=True
+    )
     loss = model(ids, attention_mask=mask, labels=labels).loss
     assert_close(loss, sum(totals) / max(sum(counts), 1), EXACT, "loss")
     if side == "left":
@@ -389,7 +393,7 @@ def test_08_right_padding_with_a_cache_is_refused(models):
         models["hard"](ids, attention_mask=mask, past_key_values=SleepCache())
 
 
-# --- 9. Memory ---------------------------------------------------------------------------------------------------------
+# --- 9. Memory
 
 
 def test_09_state_is_constant_and_keys_are_bounded(models):
@@ -406,7 +410,7 @@ def test_09_state_is_constant_and_keys_are_bounded(models):
             assert tensor.untyped_storage().nbytes() == tensor.nbytes, "a view keeps evicted memory alive"
 
 
-# --- 10. Latency -------------------------------------------------------------------------------------------------------
+# --- 10. Latency
 
 
 def test_10_a_wake_token_runs_every_layer_once_for_any_loops_and_past(models):

@@ -69,7 +69,10 @@ def test_unknown_keywords_and_models(model):
 
 
 def test_per_call_loops(model):
-    for call in (lambda n: model(tokens(1, 9), n_loops=n), lambda n: model.generate(tokens(1, 9), n_loops=n, max_new_tokens=2)):
+    for call in (
+        lambda n: model(tokens(1, 9), n_loops=n),
+        lambda n: model.generate(tokens(1, 9), n_loops=n, max_new_tokens=2),
+    ):
         with pytest.raises(ValueError, match="n_loops"):
             call(0)
 

@@ -117,7 +117,7 @@ def test_bfloat16_keeps_its_state_in_float32():
         assert {layer.recurrent.dtype for layer in cache.memory.state.values()} == {torch.float32}
 
 
-# --- families that are not listed --------------------------------------------------------------------------------------
+# --- families that are not listed
 
 
 def unlisted(name, **changes):

@@ -31,7 +31,9 @@ def test_ouro_gets_six_jet_layers_of_less_than_a_tenth_of_its_size():
     assert model.config.loop_range == [0, 24]
     share = parameters(model.fast_weights) / parameters(model.language_model)
     assert 0.05 < share < 0.10
-    wider = full_size.build("ouro_1.4b", "meta", torch.bfloat16, fast_weights=FastWeightConfig(rule="jet", num_heads=12))
+    wider = full_size.build(
+        "ouro_1.4b", "meta", torch.bfloat16, fast_weights=FastWeightConfig(rule="jet", num_heads=12)
+    )
     assert parameters(wider.fast_weights) > parameters(model.fast_weights)
 
 

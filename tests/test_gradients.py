@@ -82,7 +82,9 @@ def test_gradcheck_through_three_windows_and_three_loops(rule):
     inserted = FastWeightConfig(rule=rule, layers=[1])
     model = sleeping("sliding", n_loops=3, window_size=2, loop_range=(1, 3), fast_weights=inserted)
     ids = tokens(1, 7)
-    parameters = {name: p for name, p in model.named_parameters() if name.startswith("fast_weights") or "layers.2" in name}
+    parameters = {
+        name: p for name, p in model.named_parameters() if name.startswith("fast_weights") or "layers.2" in name
+    }
 
     def logits_after_three_sleeps(*values):
         cache = SleepCache()

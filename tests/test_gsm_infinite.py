@@ -603,3 +603,11 @@ def test_themes_of_ones_own() -> None:
     assert "animals" in problem.problem + problem.question or "cow" in problem.problem
     with pytest.raises(ValueError, match="depth 3 a theme with averages"):
         GsmInfinite(operations=[4], depth=3, vocabulary=[theme])
+
+
+def test_a_task_says_what_it_is_the_same_in_every_process():
+    task = GsmInfinite(operations=[2, 3], depth=2, size=(2, 2), vocabulary=[PETS], tokenizer=WordTokenizer([PETS]))
+    again = GsmInfinite(operations=[2, 3], depth=2, size=(2, 2), vocabulary=[PETS], tokenizer=WordTokenizer([PETS]))
+    assert repr(task) == repr(again) and "0x" not in repr(task) and task.difficulty_name == "operations"
+    other = GsmInfinite(seed=1, operations=[2, 3], depth=2, size=(2, 2), vocabulary=[PETS])
+    assert repr(other) != repr(task)

@@ -288,7 +288,9 @@ def test_what_was_read_from_the_cache_is_not_written_to(model):
     taken = {}
     for i in JET_LAYERS:
         original = model.model.layers[i].self_attn.forward
-        taken[i] = original(torch.zeros(2, 1, 64), (cache.layers[i].conv_states[0], cache.layers[i].recurrent_states[0]))[1]
+        taken[i] = original(
+            torch.zeros(2, 1, 64), (cache.layers[i].conv_states[0], cache.layers[i].recurrent_states[0])
+        )[1]
     kept = {i: tuple(tensor.clone() for tensor in state) for i, state in taken.items()}
     model(CASES["input_ids"][:, 9:12], past_key_values=cache)
     for i in JET_LAYERS:

@@ -22,7 +22,7 @@ def sleeping(family="qwen3", dtype=torch.float64, **keywords):
     return model
 
 
-# --- generate ----------------------------------------------------------------------------------------------------------
+# --- generate
 
 
 def test_sampling_is_reproducible_and_streams():
@@ -95,7 +95,7 @@ def test_several_sequences_from_one_prompt():
     assert out.shape == (3, 10) and (out[:, :6] == ids).all()
 
 
-# --- logits, loss ------------------------------------------------------------------------------------------------------
+# --- logits, loss
 
 
 def test_logits_to_keep():
@@ -154,7 +154,7 @@ def test_the_wake_step_compiles():
     torch._dynamo.reset()
 
 
-# --- embeddings, parameters, copies --------------------------------------------------------------------------------------
+# --- embeddings, parameters, copies
 
 
 def test_resizing_embeddings_tied_or_not():
@@ -231,7 +231,9 @@ def test_a_base_that_checkpoints_its_own_layers_does_not_lose_its_state():
 def test_lora_finds_its_targets():
     peft = pytest.importorskip("peft", reason="peft is an optional extra")
     model = sleeping(dtype=torch.float32)
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, task_type="CAUSAL_LM"))
+    wrapped = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, task_type="CAUSAL_LM")
+    )
     targets = [name for name, _ in wrapped.named_modules() if name.endswith("lora_A")]
     assert len(targets) == 2 * (4 + 2)  # in four layers of the base and two inserted ones
     ids = tokens(2, 12)
@@ -241,7 +243,7 @@ def test_lora_finds_its_targets():
     assert wrapped.generate(input_ids=ids, max_new_tokens=7, do_sample=False).shape == (2, 19)
 
 
-# --- sessions ----------------------------------------------------------------------------------------------------------
+# --- sessions
 
 
 def test_sessions_do_not_share_anything():

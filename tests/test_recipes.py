@@ -208,7 +208,7 @@ def test_documentation_runs_and_names_files_that_exist() -> None:
     assert all(f"`{name}" in text or f"{name}`" in text for name in ("rule110_t32", "depo_k16", "qwen3.5_2b_lora"))
 
 
-# --- runs -------------------------------------------------------------------------------------------------------------
+# --- runs
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +266,7 @@ def test_evaluate_gives_the_perplexity_of_a_text(outputs: Path, tmp_path: Path) 
     assert found.keys() == {"N = 1", "N = 2"} and all(value > 1 for value in found.values())
 
 
-# --- models -----------------------------------------------------------------------------------------------------------
+# --- models
 
 
 def save_base(folder: Path, family: str = "qwen3") -> Path:

@@ -54,22 +54,13 @@ def arguments(directory, **changes):
     return SleepTrainingArguments(**(settings | changes))
 
 
-def build(
-    directory,
-    model=None,
-    dataset=None,
-    collator=None,
-    trainer=SleepTrainer,
-    callbacks=None,
-    eval_dataset=None,
-    **changes,
-):
+def build(directory, model=None, dataset=None, collator=None, trainer=SleepTrainer, callbacks=None, **changes):
     return trainer(
         sleeping() if model is None else model,
         arguments(directory, **changes),
         train_dataset=TaskDataset(TASK) if dataset is None else dataset,
+        eval_dataset=TaskDataset(TASK, "test", n_examples=4),
         data_collator=SleepCollator(0) if collator is None else collator,
-        eval_dataset=eval_dataset,
         callbacks=callbacks,
     )
 
@@ -78,7 +69,7 @@ def losses(trainer):
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
-# --- the split -------------------------------------------------------------------------------------------------------
+# --- the split
 
 
 def test_muon_gets_hidden_matrices_and_adamw_everything_else():
@@ -168,7 +159,7 @@ def test_the_combined_optimiser_is_muon_and_adamw_also_after_a_round_trip():
             assert torch.equal(mine, other), step
 
 
-# --- data ------------------------------------------------------------------------------------------------------------
+# --- data
 
 
 def test_collation_pads_and_clears_the_label_that_nothing_predicts():
@@ -237,7 +228,7 @@ def test_accumulation_batch_split_and_padding_side_do_not_change_the_update(tmp_
             assert_close(actual[name], gradient, EXACT_GRAD, f"{name}, {split}")
 
 
-# --- settings of a step ----------------------------------------------------------------------------------------------
+# --- settings of a step
 
 
 def test_n_is_drawn_per_step_and_is_a_function_of_seed_and_step(tmp_path):
@@ -325,7 +316,7 @@ def test_arguments_are_checked(tmp_path):
         SleepTrainer(sleeping(), arguments(tmp_path), train_dataset=TaskDataset(TASK))
 
 
-# --- steps that are not finite ---------------------------------------------------------------------------------------
+# --- steps that are not finite
 
 
 class Spoiled(SleepTrainer):
@@ -372,7 +363,7 @@ def test_steps_that_stay_bad_stop_the_run_and_leave_good_weights(tmp_path):
     assert all(p.isfinite().all() for p in trainer.model.parameters())
 
 
-# --- dying and resuming ----------------------------------------------------------------------------------------------
+# --- dying and resuming
 
 
 def deaths(directory, *options):
@@ -487,7 +478,7 @@ def test_the_best_checkpoint_is_kept_and_named_by_its_place(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-1", "checkpoint-3"]
 
 
-# --- the same calls on all ranks -------------------------------------------------------------------------------------
+# --- the same calls on all ranks
 
 
 def calls(model, batch):

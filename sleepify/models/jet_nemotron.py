@@ -237,16 +237,20 @@ class JetNemotronDecoderLayer(GradientCheckpointingLayer):
             return self.self_attn(x, None, lengths, mask)[0]
         state = None
         if cache.has_previous_state(self.layer_idx):
-            held = cache.layers[self.layer_idx]
+            held: Any = cache.layers[self.layer_idx]
             state = (held.conv_states[0], held.recurrent_states[0])
             if torch.is_grad_enabled():
                 # transformers' own caches write in place, which would spoil what the backward pass has saved.
-                state = tuple(None if held is None else held.clone() for held in state)
+                state = (_own(state[0]), _own(state[1]))
         output, (conv_state, matrix) = self.self_attn(x, state, lengths, mask)
         # A cache appends what it is given and keeps the last W, so handing it the whole new window replaces the old.
         cache.update_conv_state(conv_state, self.layer_idx)
         cache.update_recurrent_state(matrix, self.layer_idx)
         return output
+
+
+def _own(tensor: Any) -> Any:
+    return None if tensor is None else tensor.clone()
 
 
 class JetNemotronPreTrainedModel(PreTrainedModel):

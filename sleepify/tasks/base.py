@@ -40,7 +40,7 @@ class Example:
 
 
 def random_stream(name: str, seed: int, split: Split, index: int) -> Random:
-    """A generator that depends on these four alone (Python seeds it from their text by SHA-512, the same everywhere)."""
+    """A generator that depends on these four alone (seeded from their text by SHA-512, the same everywhere)."""
     return Random(f"{name}/{seed}/{split}/{index}")
 
 

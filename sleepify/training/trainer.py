@@ -101,8 +101,8 @@ class SleepTrainer(Trainer):
             asked = getattr(self.args, name) or os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true"
             if asked and not is_there:
                 raise ValueError(
-                    f"expected {name} to be available, but Accelerate chose {self.accelerator.distributed_type} here and "
-                    f"would quietly train without it; launch on accelerators, or drop {name}"
+                    f"expected {name} to be available, but Accelerate chose {self.accelerator.distributed_type} "
+                    f"here and would quietly train without it; launch on accelerators, or drop {name}"
                 )
 
     # --- data and optimiser ----------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ class SleepTrainer(Trainer):
         if model.training and self._logs_after_this_step() and "logits_to_keep" not in inputs:
             cache = SleepCache()
             inputs = _left_padded(inputs) | {"past_key_values": cache, "use_cache": False}
-        loss = super().compute_loss(model, inputs, False, num_items_in_batch)
+        loss: Any = super().compute_loss(model, inputs, False, num_items_in_batch)
         if cache is not None:
             self._state_norms = state_norms(cache)
         # Rows and columns that were added are nobody's predictions.

@@ -45,6 +45,8 @@ class GsmInfinite:
             one without the tokens.
     """
 
+    difficulty_name = "operations"
+
     def __init__(
         self,
         seed: int = 0,
@@ -92,6 +94,15 @@ class GsmInfinite:
         if self.prompt:
             for theme in self.themes:
                 self.prompt.check_tokens(" ".join(theme.names()))
+
+    def __repr__(self) -> str:
+        """What tells one task from another, the same in every process (a checkpoint's manifest holds it)."""
+        order = None if self.prompt is None else (self.prompt.question_first, self.prompt.chain_of_thought)
+        return (
+            f"GsmInfinite(seed={self.seed}, operations={self.operations}, depth={self.depths}, modes={self.modes}, "
+            f"themes={[theme.name for theme in self.themes]}, target_tokens={self.target}, "
+            f"max_tokens={self.max_tokens}, size={self.size}, question_first, chain_of_thought={order})"
+        )
 
     def _depths(self, theme: Theme, operations: int) -> list[int]:
         return [depth for depth in self.depths if (theme.each is not None if depth == 3 else operations > 1)]

@@ -116,7 +116,7 @@ def main() -> None:
         command="make bench",
         intro=f"{machine()}. Qwen3 of 8 layers, 256 channels, 2 inserted Gated DeltaNet layers, window {WINDOW} "
         "tokens, hard eviction, half a window open, batch 1, one thread, float32; "
-        f"{arguments.repeats} tokens per setting, in turn in one run. Median (quartiles), and the ratio to N = 1 after 1 "
+        f"{arguments.repeats} tokens per setting, in turn in one run. Median (quartiles), and ratio to N = 1 after 1 "
         "window. Sleep itself is not in these figures: it happens once per window, before the token that follows.",
         tables=[
             (["one wake token", *after], latency),

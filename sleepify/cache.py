@@ -7,15 +7,23 @@ steps. It is a `transformers.Cache` so that `generate` accepts it.
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from sleepify.errors import CacheMismatchError
+from sleepify.errors import CacheMismatchError, CheckpointError
 from sleepify.memory import LayerState, Memory
+
+_VERSION = 1
+_COUNTS = ("open_lengths", "retained", "seen", "windows")
 
 
 @dataclass(frozen=True)
@@ -188,7 +196,7 @@ class SleepCache(Cache):
         at_start = Memory(self.memory.batch_size, self.at_start).select(rows)
         self.memory, self.at_start = self.memory.select(rows), at_start.state
         self.open_ids = self.open_ids[_index(rows, self.open_ids)]
-        for name in ("open_lengths", "retained", "seen", "windows"):
+        for name in _COUNTS:
             values = getattr(self, name)
             setattr(self, name, [values[row] for row in rows])
 
@@ -196,7 +204,7 @@ class SleepCache(Cache):
         """An independent copy: reading on from one leaves the other as it is. Shares tensors, which never change."""
         other = SleepCache()
         other.__dict__.update(self.__dict__)
-        for name in ("open_lengths", "retained", "seen", "windows"):
+        for name in _COUNTS:
             setattr(other, name, list(getattr(self, name)))
         return other
 
@@ -228,6 +236,67 @@ class SleepCache(Cache):
         if self.open_ids is not None:
             self.open_ids = self.open_ids.to(device)
         return self
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the session to one safetensors file, beside and renamed. Whoever loads it needs the same model."""
+        if self.owner is None or self.open_ids is None:
+            raise ValueError("expected a cache that has read something, got an empty one")
+        tensors = {"open_ids": self.open_ids}
+        for prefix, state in (("state", self.memory.state), ("start", self.at_start)):
+            for (index, place), layer in state.items():
+                parts = {"conv": layer.conv, "recurrent": layer.recurrent}
+                tensors |= {f"{prefix}.{index}.{place}.{n}": t for n, t in parts.items() if t is not None}
+        for index, (keys, values) in self.memory.kv.items():
+            tensors |= {f"keys.{index}": keys, f"values.{index}": values}
+        counts = {name: getattr(self, name) for name in (*_COUNTS, "owner", "columns")}
+        manifest = {"version": _VERSION, "kv_lengths": list(self.memory.kv_lengths), **counts}
+        path = Path(path)
+        draft = path.with_name(f".{path.name}.new")
+        try:
+            whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+            save_file(whole, draft, metadata={"sleep_cache": json.dumps(manifest)})
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> SleepCache:
+        """Read a session that `save` wrote; which model it belongs to is checked when it is used.
+
+        Raises:
+            CheckpointError: for a damaged file, one that holds no session, or a state narrower than float32.
+        """
+        try:
+            with safe_open(path, framework="pt") as opened:
+                tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (no mapping)
+                manifest = json.loads((opened.metadata() or {}).get("sleep_cache", "{}"))
+        except SafetensorError as error:
+            raise CheckpointError(f"expected a whole session file {path}, got a damaged one ({error})") from error
+        if manifest.get("version") != _VERSION:
+            raise CheckpointError(
+                f"expected a session of version {_VERSION} in {path}, got {manifest.get('version')}; "
+                "read the text again"
+            )
+        cache = cls()
+        states: dict[str, dict[tuple[int, int], dict[str, Tensor]]] = {"state": {}, "start": {}}
+        kv: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            kind, *rest = name.split(".")
+            if kind in states:
+                if rest[2] == "recurrent" and torch.promote_types(tensor.dtype, torch.float32) != tensor.dtype:
+                    raise CheckpointError(
+                        f"expected a state of float32 or wider in {path}, got {tensor.dtype} ({name})"
+                    )
+                states[kind].setdefault((int(rest[0]), int(rest[1])), {})[rest[2]] = tensor
+            elif kind in ("keys", "values"):
+                kv.setdefault(int(rest[0]), {})[kind] = tensor
+        cache.open_ids = tensors["open_ids"]
+        for name in (*_COUNTS, "owner", "columns"):
+            setattr(cache, name, manifest[name])
+        state, cache.at_start = ({k: LayerState(**parts) for k, parts in states[kind].items()} for kind in states)
+        pairs = {index: (pair["keys"], pair["values"]) for index, pair in kv.items()}
+        cache.memory = Memory(len(cache.seen), state, pairs, tuple(manifest["kv_lengths"]))
+        return cache
 
     def __len__(self) -> int:
         return len(self.memory.kv)

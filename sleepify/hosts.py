@@ -347,6 +347,13 @@ def verify(host: Host) -> None:
                 hidden, memory = host.run(hidden, memory, frame, 0, host.n_layers)
                 memory = memory.advance(lengths, piece.shape[1])
                 pieces.append(host.logits(hidden).float())
+    except RuntimeError as error:
+        if "active drivers" not in str(error):
+            raise
+        raise UnsupportedModelError(
+            f"expected a GPU, found none: transformers hands recurrent layers of {type(language_model).__name__} to "
+            "flash-linear-attention whenever that is installed, on a CPU too; uninstall it on this machine"
+        ) from error
     finally:
         language_model.train(was_training)
     # Both sides run the same kernels in another order; a missed factor moves logits by far more than rounding does.

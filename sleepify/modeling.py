@@ -21,6 +21,8 @@ from sleepify.fast_weights import LAYERS, FastWeightLayer
 from sleepify.hosts import Host, host_class
 from sleepify.rows import IGNORE, Rows
 
+_INCIDENTAL = {"dtype", "torch_dtype", "architectures", "transformers_version", "_name_or_path", "use_cache"}
+
 
 class SleepForCausalLM(PreTrainedModel, GenerationMixin):
     """A base model that consolidates full windows of its context into fast weights.
@@ -65,10 +67,10 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
             if getattr(module, "gradient_checkpointing", False):
                 module.gradient_checkpointing = False
         self._recompute = config.checkpoint
-        described = json.dumps(
-            [config.text_config.to_dict(), config.fast_weights.to_dict()], sort_keys=True, default=str
-        )
-        self._architecture = hashlib.sha256(described.encode()).hexdigest()[:12]
+        # What a saved session must agree with, wherever and in whatever precision the model was loaded.
+        base = {name: value for name, value in config.text_config.to_dict().items() if name not in _INCIDENTAL}
+        described = [base, config.fast_weights.to_dict(), config.base_fingerprint]
+        self._identity = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:12]
         self.post_init()
 
     @classmethod
@@ -271,7 +273,7 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _owner(self) -> str:
         """What a session must agree with: weights may be trained on, shapes and windows may not change."""
-        return f"{self._architecture}, L={self.config.window_size}, {self.config.eviction} eviction"
+        return f"{self._identity}, L={self.config.window_size}, {self.config.eviction} eviction"
 
     # --- generation ------------------------------------------------------------------------------------------------
 

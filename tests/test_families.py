@@ -183,3 +183,15 @@ def test_an_encoder_decoder_is_refused():
     config = T5Config(d_model=32, d_ff=32, num_layers=1, num_heads=2, d_kv=16, vocab_size=97)
     with pytest.raises(UnsupportedModelError, match="decoder-only"):
         sleepify(T5ForConditionalGeneration(config))
+
+
+def test_flash_linear_attention_without_a_gpu_is_said_clearly(monkeypatch):
+    """With it installed transformers' recurrent layers reach Triton on a CPU too, and fail with Triton's words."""
+    base = tiny_base("qwen3_next")
+
+    def triton(*_, **__):
+        raise RuntimeError("0 active drivers ([]). There should only be one.")
+
+    monkeypatch.setattr(type(base.model.layers[0].linear_attn), "forward", triton)
+    with pytest.raises(UnsupportedModelError, match="flash-linear-attention"):
+        sleepify(base)

@@ -8,11 +8,21 @@ import pickle
 import pytest
 import torch
 from families import VOCAB, randomise, tiny_base, tokens
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tolerances import EXACT, FLOAT32, PARITY, assert_close
 from transformers import AutoModelForCausalLM, DynamicCache, TextStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from sleepify import FastWeightConfig, SleepCache, SleepConfig, SleepForCausalLM, sleepify
+from sleepify import (
+    CacheMismatchError,
+    CheckpointError,
+    FastWeightConfig,
+    SleepCache,
+    SleepConfig,
+    SleepForCausalLM,
+    sleepify,
+)
 
 
 def sleeping(family="qwen3", dtype=torch.float64, **keywords):
@@ -276,3 +286,39 @@ def test_a_session_can_be_detached():
     cache.detach_()
     assert not any(tensor.requires_grad for tensor in cache.memory.tensors())
     model(tokens(1, 5), past_key_values=cache).logits.sum().backward()
+
+
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+def test_a_session_can_be_saved_and_read_on_by_the_model_loaded_elsewhere(tmp_path, eviction):
+    model = sleeping(dtype=torch.float32, eviction=eviction)
+    ids, mask = tokens(2, 13), torch.ones(2, 13, dtype=torch.long)
+    mask[1, :6] = 0
+    cache, after = model(ids, attention_mask=mask).past_key_values, tokens(2, 8, seed=4)
+    cache.save(tmp_path / "session.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["session.safetensors"]
+    model.save_pretrained(tmp_path / "model")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    loaded = SleepCache.load(tmp_path / "session.safetensors")
+    assert repr(loaded) == repr(cache)
+    expected = model(after, past_key_values=cache).logits
+    # Read back, tensors lie contiguous in memory, and matrix products may round in another order.
+    assert_close(again(after, past_key_values=loaded).logits, expected, FLOAT32, "read on")
+    with pytest.raises(CacheMismatchError, match="another"):
+        sleeping("qwen2", dtype=torch.float32)(after, past_key_values=SleepCache.load(tmp_path / "session.safetensors"))
+
+
+def test_damaged_sessions_are_refused(tmp_path):
+    file = tmp_path / "session.safetensors"
+    sleeping(dtype=torch.float32)(tokens(1, 9)).past_key_values.save(file)
+    with safe_open(file, "pt") as opened:
+        metadata, tensors = opened.metadata(), {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    save_file(
+        {k: v.half() if "recurrent" in k else v for k, v in tensors.items()}, tmp_path / "half", metadata=metadata
+    )
+    save_file(tensors, tmp_path / "foreign")
+    (tmp_path / "cut").write_bytes(file.read_bytes()[:200])
+    for name, words in (("half", "float32 or wider"), ("foreign", "version"), ("cut", "damaged")):
+        with pytest.raises(CheckpointError, match=words):
+            SleepCache.load(tmp_path / name)
+    with pytest.raises(ValueError, match="empty"):
+        SleepCache().save(file)

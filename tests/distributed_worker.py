@@ -3,13 +3,15 @@
     python distributed_worker.py OUTPUT SCENARIOS     (torch's RANK, WORLD_SIZE ... in the environment)
 
 A scenario is a dict: ``name``, ``sleep`` (fields of SleepConfig), ``accumulation``, ``resume`` (go on from step 3 in a
-new trainer), and any training argument. Without WORLD_SIZE the same rows are read by one process.
+new trainer), ``spoil`` and ``terminate`` (after that many steps the last rank has a loss that is not a number, or gets a
+SIGTERM), and any training argument. Without WORLD_SIZE the same rows are read by one process.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,8 +47,20 @@ class Rows(Dataset):
         return {"input_ids": ids, "labels": [t if start <= i < stop else -100 for i, t in enumerate(ids)]}
 
 
-class FsdpOnCpuTrainer(SleepTrainer):
+class WorkerTrainer(SleepTrainer):
     """Accelerate shards on accelerators only, and would quietly take DDP on a CPU; all after that choice works."""
+
+    spoil: int | None = None
+    terminate: int | None = None
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        if self.args.process_index == self.args.world_size - 1:
+            if self.state.global_step == self.terminate:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if self.state.global_step == self.spoil:
+                return loss * float("nan")
+        return loss
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -60,6 +74,7 @@ class FsdpOnCpuTrainer(SleepTrainer):
 def build(scenario: dict[str, Any], directory: Path, world: int) -> SleepTrainer:
     """A trainer for a scenario, with the same weights every time."""
     scenario = {key: value for key, value in scenario.items() if key not in ("name", "resume")}
+    spoil, terminate = scenario.pop("spoil", None), scenario.pop("terminate", None)
     sleep = scenario.pop("sleep", {})
     accumulation = scenario.pop("accumulation", 1)
     torch.manual_seed(0)
@@ -83,12 +98,14 @@ def build(scenario: dict[str, Any], directory: Path, world: int) -> SleepTrainer
     }
     if "deepspeed" in scenario:
         arguments |= {"use_cpu": False, "accelerator_config": {"use_configured_state": True}}
-    return FsdpOnCpuTrainer(
+    trainer = WorkerTrainer(
         model,
         SleepTrainingArguments(**(arguments | scenario)),
         train_dataset=Rows(),
         data_collator=SleepCollator(0),
     )
+    trainer.spoil, trainer.terminate = spoil, terminate
+    return trainer
 
 
 def losses(trainer: SleepTrainer) -> list[float]:
@@ -102,8 +119,18 @@ def run(scenario: dict[str, Any], root: Path, world: int) -> dict[str, Any]:
         scenario = scenario | {"save_strategy": "steps", "save_steps": SAVED}
     start(scenario)
     trainer = build(scenario, directory, world)
-    trainer.train()
-    result = {"losses": losses(trainer), "wrapped": type(trainer.model_wrapped).__name__}
+    code = 0
+    try:
+        trainer.train()
+    except SystemExit as end:
+        code = int(end.code or 0)
+    result = {
+        "losses": losses(trainer),
+        "wrapped": type(trainer.model_wrapped).__name__,
+        "nonfinite": trainer.nonfinite_steps,
+        "code": code,
+        "saved": sorted(os.listdir(directory)),
+    }
     if scenario.get("resume"):
         start(scenario)
         resumed = build(scenario, directory, world)

@@ -285,7 +285,7 @@ def test_the_docstring_and_the_page_tell_the_truth() -> None:
     failed, tried = doctest.testmod(sleepify.tasks.depo)
     assert tried and not failed
     page = (ROOT / "docs/tasks.md").read_text()
-    for section in ("Rule 110", "Depo"):
+    for section in ("Rule 110", "Depo", "GSM-Infinite"):
         (text,) = re.findall(rf"^## {section}\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
         blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
         assert blocks

@@ -1,0 +1,130 @@
+"""Runs that die and go on: kills, SIGTERM, a full disk, checkpoints of another run."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_training import build, losses, sleeping
+from transformers import TrainerCallback
+
+from sleepify import CheckpointError
+from sleepify.tasks import Rule110
+from sleepify.training import TaskDataset
+
+
+def deaths(directory, *options):
+    script = Path(__file__).parent / "training_runs.py"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parent)}
+    command = [sys.executable, str(script), str(directory), *options]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    results = json.loads((directory / "results.json").read_text())
+    whole = results.pop("whole")
+    assert len(whole["logs"]) == 2
+    for name, resumed in results.items():
+        assert resumed["logs"] == whole["logs"], name
+        assert resumed["weights"] == whole["weights"], name
+    return results
+
+
+def test_a_run_that_is_killed_goes_on_bit_for_bit(tmp_path):
+    results = deaths(tmp_path)
+    killed = results["killed in step 4"]
+    assert (killed["code"], killed["saved"]) == (-9, ["checkpoint-2"])
+    # SIGTERM: the step at hand is finished and saved.
+    assert results["terminated in step 3"]["code"] == 143
+    assert results["terminated in step 3"]["saved"] == ["checkpoint-2", "checkpoint-3"]
+    # What a kill left half-written is not taken for a checkpoint, and goes.
+    within = results["killed within a save"]
+    assert (within["code"], within["saved"]) == (-9, [".checkpoint-4.draft", "checkpoint-2"])
+    assert within["left"] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_at_any_step_goes_on_bit_for_bit(tmp_path):
+    assert len(deaths(tmp_path, "all")) == 9
+
+
+def saved(tmp_path, **changes):
+    trainer = build(tmp_path, save_strategy="steps", save_steps=2, max_steps=2, **changes)
+    trainer.train()
+    return tmp_path / "checkpoint-2"
+
+
+def contents(directory):
+    return {path: path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_untouched(tmp_path):
+    checkpoint = saved(tmp_path)
+    before = contents(tmp_path)
+    steps = {"save_strategy": "steps", "save_steps": 1}
+    for other, message in (
+        ({"model": sleeping(window_size=4)}, "window_size: 8 there, 4 here"),
+        ({"seed": 1}, "seed: 42 there, 1 here"),
+        ({"model": sleeping(layers=3)}, "parameters"),
+        ({"optimizer": "adamw"}, "optimizer: 'muon' there, 'adamw' here"),
+        ({"loops_schedule": [1, 2]}, r"n_loops: 2 there, \[1, 2\] here"),
+        ({"dataset": TaskDataset(Rule110(width=8, n_strings=2, steps=3))}, "task"),
+    ):
+        for resume in (str(checkpoint), True, None):
+            with pytest.raises(CheckpointError, match=f"another.*{message}.*from_pretrained"):
+                build(tmp_path, **(steps | other)).train(resume_from_checkpoint=resume)
+    assert contents(tmp_path) == before
+
+
+def test_a_directory_that_is_no_checkpoint_is_refused(tmp_path):
+    (tmp_path / "model").mkdir()
+    with pytest.raises(CheckpointError, match="found no sleep_run.json"):
+        build(tmp_path / "run").train(resume_from_checkpoint=str(tmp_path / "model"))
+    checkpoint = saved(tmp_path / "run")
+    (checkpoint / "sleep_run.json").write_text("{")
+    with pytest.raises(CheckpointError, match="readable sleep_run.json.*older"):
+        build(tmp_path / "run").train(resume_from_checkpoint=str(checkpoint))
+
+
+class FullDisk(TrainerCallback):
+    """From a step on no file may grow beyond some bytes, so that writing fails as on a full disk."""
+
+    def __init__(self, step, size):
+        self.step, self.size = step, size
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == self.step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+# The size at which the weights, or only the optimiser's larger file, no longer fit.
+@pytest.mark.parametrize("size", [50_000, 150_000])
+def test_a_full_disk_is_a_clear_error_and_nothing_is_lost(tmp_path, size):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "save_total_limit": 1}
+    trainer = build(tmp_path, callbacks=[FullDisk(3, size)], **options)
+    try:
+        with pytest.raises(CheckpointError, match="nothing that was there is lost: free space"):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert os.listdir(tmp_path) == ["checkpoint-2"]
+    resumed = build(tmp_path, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed)[:4] == losses(trainer)
+    assert os.listdir(tmp_path) == ["checkpoint-6"]
+
+
+def test_the_best_checkpoint_is_kept_and_named_by_its_place(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "eval_strategy": "steps", "eval_steps": 1}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "save_total_limit": 2}
+    options |= {"muon_learning_rate": 0.0, "adamw_learning_rate": 0.0}
+    trainer = build(tmp_path, **options)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
+    state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-1")
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-1", "checkpoint-3"]

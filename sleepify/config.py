@@ -85,6 +85,7 @@ class SleepConfig(PreTrainedConfig):
         checkpoint: recompute activations in the backward pass, per "window" or per "loop", or "none".
         backprop_loops: gradient through the last k passes of a sleep only; None for all.
         backprop_windows: gradient through the last k sleeps of a row only; None for all.
+        offload: with ``checkpoint="window"``, keep the memory at window boundaries on the CPU until the backward pass.
         check_finite: look for NaN and infinity in the state after each sleep (costs a host-device sync).
         fast_weights_only: the checkpoint holds the inserted weights alone; set by ``save_pretrained``.
         base_model_name_or_path, base_model_revision, base_fingerprint: the base that they belong to.
@@ -106,6 +107,7 @@ class SleepConfig(PreTrainedConfig):
     checkpoint: str = "none"
     backprop_loops: int | None = None
     backprop_windows: int | None = None
+    offload: bool = False
     check_finite: bool = False
     fast_weights_only: bool = False
     base_model_name_or_path: str | None = None

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
@@ -21,6 +23,7 @@ from sleepify.fast_weights import LAYERS, FastWeightLayer
 from sleepify.hosts import Host, host_class
 from sleepify.rows import IGNORE, Rows
 
+_LOSS_PIECE = 512
 _INCIDENTAL = {"dtype", "torch_dtype", "architectures", "transformers_version", "_name_or_path", "use_cache"}
 
 
@@ -156,6 +159,7 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
             backprop_loops=config.backprop_loops,
             backprop_windows=config.backprop_windows,
             check_finite=config.check_finite,
+            offload=config.offload,
         )
 
     @can_return_tuple  # type: ignore[untyped-decorator]
@@ -236,21 +240,27 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         readings = algorithm.read(blocks, cache, tokens.ids, tokens.lengths, wanted, options, keep=use_cache)
         cache.columns += input_ids.shape[1]
 
-        rows = torch.cat([reading.rows for reading in readings]) if readings else torch.zeros(0, dtype=torch.long)
-        columns = torch.cat([reading.columns for reading in readings]) if readings else rows
-        if readings:
-            hidden = torch.cat([reading.hidden_states for reading in readings])
-        else:
+        hidden, rows, columns = self._gather(readings)
+        loss = None
+        if targets is not None:
+            aims = targets[rows.to(targets.device), columns.to(targets.device)]
+            loss = _loss(blocks.logits, hidden, aims, num_items_in_batch)
+        logits = None
+        if kept.numel():
+            scores = blocks.logits(hidden)
+            logits = tokens.spread(scores, rows.to(scores.device), columns.to(scores.device), kept)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
+
+    def _gather(self, readings: list[algorithm.Reading]) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states of all wanted tokens [M, D], and their rows and columns [M]."""
+        if not readings:
             embeddings: Any = self.get_input_embeddings()
-            hidden = embeddings.weight.new_zeros(0, self.config.text_config.hidden_size)
-        scores = blocks.logits(hidden)
-        rows, columns = rows.to(scores.device), columns.to(scores.device)
-        return CausalLMOutputWithPast(
-            loss=None
-            if targets is None
-            else _loss(scores, targets.to(scores.device)[rows, columns], num_items_in_batch),
-            logits=tokens.spread(scores, rows, columns, kept),
-            past_key_values=cache if use_cache else None,
+            nothing = torch.zeros(0, dtype=torch.long)
+            return embeddings.weight.new_zeros(0, self.config.text_config.hidden_size), nothing, nothing
+        return (
+            torch.cat([reading.hidden_states for reading in readings]),
+            torch.cat([reading.rows for reading in readings]),
+            torch.cat([reading.columns for reading in readings]),
         )
 
     def sleep(self, past_key_values: SleepCache, n_loops: int | None = None) -> SleepCache:
@@ -329,12 +339,23 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         return push(self, repo_id, fast_weights_only=fast_weights_only, **kwargs)
 
 
-def _loss(scores: Tensor, targets: Tensor, num_items: int | Tensor | None) -> Tensor:
-    """Cross entropy, in float32 at least, over the places that have a target."""
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    total = nn.functional.cross_entropy(scores, targets, ignore_index=IGNORE, reduction="sum")
+def _loss(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, num_items: int | Tensor | None) -> Tensor:
+    """Cross entropy, in float32 at least, over the places that have a target.
+
+    Logits of a few hundred places are as large as all the rest of a step, so they are made and dropped piece by piece.
+    """
+    chosen = targets != IGNORE
     if num_items is None:
-        num_items = (targets != IGNORE).sum().clamp_min(1)
-    elif isinstance(num_items, Tensor):
-        num_items = num_items.to(total.device)
-    return total / num_items
+        num_items = chosen.sum().clamp_min(1)
+    if hidden.shape[0] > _LOSS_PIECE:
+        pieces = zip(hidden.split(_LOSS_PIECE), targets.split(_LOSS_PIECE), strict=True)
+        total = sum(recompute(_summed_loss, head, *piece, use_reentrant=False) for piece in pieces)
+    else:
+        total = _summed_loss(head, hidden, targets)
+    return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
+
+
+def _summed_loss(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
+    scores = head(hidden)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return nn.functional.cross_entropy(scores, targets.to(scores.device), ignore_index=IGNORE, reduction="sum")

@@ -62,6 +62,12 @@ class Options:
     backprop_loops: int | None = None
     backprop_windows: int | None = None
     check_finite: bool = False
+    offload: bool = False
+
+    @property
+    def shares_first_pass(self) -> bool:
+        """Whether a sleep may begin with the wake pass over its window instead of making the same pass again."""
+        return self.checkpoint != "window" and self.backprop_loops is None
 
     @property
     def retained(self) -> int:
@@ -75,7 +81,18 @@ class Options:
         return function(*arguments)
 
 
-def consolidate(blocks: Blocks, window: Window, memory: Memory, options: Options) -> Memory:
+@dataclass(frozen=True)
+class FirstPass:
+    """A pass over a whole window as far as the last looped layer, from the memory at its start."""
+
+    hidden_states: Tensor
+    memory: Memory
+    frame: Any
+
+
+def consolidate(
+    blocks: Blocks, window: Window, memory: Memory, options: Options, first: FirstPass | None = None
+) -> Memory:
     """Sleep on one window: N passes over it, and the memory that they leave (§5, Alg. 1).
 
     Args:
@@ -83,6 +100,7 @@ def consolidate(blocks: Blocks, window: Window, memory: Memory, options: Options
         window: its tokens.
         memory: as it was *before* the window's first token, so that no wake pass leaks in (contract 2).
         options: N, and how gradient flows.
+        first: the first pass, if a wake pass over the whole window has made it already: the two are the same.
 
     Returns:
         The state after the last pass and, under sliding eviction, its latest L-1 keys and values.
@@ -90,10 +108,14 @@ def consolidate(blocks: Blocks, window: Window, memory: Memory, options: Options
     keep_keys = options.sliding
     start, stop = blocks.loop_range
     end = blocks.last_writer(keep_keys)
-    hidden, frame = blocks.open(window.input_ids, window.lengths, window.positions, memory, keep_keys)
-
-    hidden, now = options.recompute("loop", blocks.run, hidden, memory, frame, 0, min(start, end))
-    for loop in range(options.n_loops):
+    if first is None:
+        hidden, frame = blocks.open(window.input_ids, window.lengths, window.positions, memory, keep_keys)
+        hidden, now = options.recompute("loop", blocks.run, hidden, memory, frame, 0, min(start, end))
+    else:
+        hidden, now, frame = first.hidden_states, first.memory, first.frame
+        if options.n_loops > 1:
+            hidden = blocks.close_loop(hidden)
+    for loop in range(0 if first is None else 1, options.n_loops):
         is_last = loop + 1 == options.n_loops
         # Truncated backpropagation: what enters the last k passes is a constant (§7 names it as future work).
         truncated = options.backprop_loops is not None and loop < options.n_loops - options.backprop_loops
@@ -109,31 +131,59 @@ def consolidate(blocks: Blocks, window: Window, memory: Memory, options: Options
 
 
 def wake(
-    blocks: Blocks, window: Window, memory: Memory, options: Options, keep_keys: bool = True
-) -> tuple[Tensor, Memory]:
-    """One ordinary pass over the next tokens of a window: hidden states [B, T, D] before the final norm, and memory."""
-    hidden, frame = blocks.open(window.input_ids, window.lengths, window.positions, memory, keep_keys)
-    hidden, now = options.recompute("loop", blocks.run, hidden, memory, frame, 0, blocks.n_layers)
-    if not keep_keys:
-        return hidden, now
-    return hidden, now.advance(window.lengths, window.input_ids.shape[1])
+    blocks: Blocks, window: Window, memory: Memory, options: Options, keep_keys: bool = True, share: bool = False
+) -> tuple[Tensor, Memory, FirstPass | None]:
+    """One ordinary pass over the next tokens of a window.
+
+    Returns:
+        Hidden states [B, T, D] before the final norm, memory and, if the pass is to be shared with the window's
+        sleep, what it was at the last looped layer.
+    """
+    keep = keep_keys or (share and options.sliding)
+    hidden, frame = blocks.open(window.input_ids, window.lengths, window.positions, memory, keep)
+    stop = blocks.loop_range[1] if share else 0
+    hidden, now = options.recompute("loop", blocks.run, hidden, memory, frame, 0, stop) if share else (hidden, memory)
+    first = FirstPass(hidden, now, frame) if share else None
+    hidden, now = options.recompute("loop", blocks.run, hidden, now, frame, stop, blocks.n_layers)
+    return hidden, now.advance(window.lengths, window.input_ids.shape[1]) if keep_keys else now, first
 
 
-def sleep(blocks: Blocks, cache: SleepCache, rows: Sequence[int], options: Options, gradient: bool = True) -> None:
+def sleep(
+    blocks: Blocks,
+    cache: SleepCache,
+    rows: Sequence[int],
+    options: Options,
+    gradient: bool = True,
+    first: FirstPass | None = None,
+) -> None:
     """Consolidate what is awake in these rows of a cache, full window or not (contract 2).
 
     Without ``gradient`` the memory that these rows wake up with is a constant; that of other rows is as it was.
+    ``first`` is the first pass over the windows of just these rows, if there is one to share.
     """
     for group in _groups(rows, [cache.open_lengths[row] for row in rows], together=blocks.masks_padding):
         window = cache.open_window(group, options.sliding)
         before = cache.before_window(group)
         with nullcontext() if gradient else torch.no_grad():
-            after = options.recompute("window", consolidate, blocks, window, before, options)
+            if options.offload and options.checkpoint == "window":
+                parked = before.map(lambda tensor: tensor.to("cpu", non_blocking=True))
+                homes = [tensor.device for tensor in before.tensors()]
+                after = options.recompute("window", _fetch_and_consolidate, blocks, window, parked, homes, options)
+            else:
+                after = options.recompute("window", consolidate, blocks, window, before, options, first)
         if options.check_finite:
             for key, layer in sorted(after.state.items()):
                 if not all(tensor is None or bool(torch.isfinite(tensor).all()) for tensor in layer):
                     raise NonFiniteStateError(key, window=max(cache.windows[row] for row in group))
         cache.close_window(group, after)
+
+
+def _fetch_and_consolidate(
+    blocks: Blocks, window: Window, parked: Memory, homes: Sequence[torch.device], options: Options
+) -> Memory:
+    """`consolidate` from a memory that waits on the CPU, where a window boundary costs the accelerator nothing."""
+    home = iter(homes)
+    return consolidate(blocks, window, parked.map(lambda tensor: tensor.to(next(home), non_blocking=True)), options)
 
 
 @dataclass(frozen=True)
@@ -171,10 +221,13 @@ def read(
     done = [0] * len(lengths)
     sleeps_left = cache.sleeps_ahead(lengths, options.window_size)
     readings: list[Reading] = []
+    first_passes: dict[tuple[int, ...], FirstPass | None] = {}
     while rows := [row for row, length in enumerate(lengths) if done[row] < length]:
         full = [row for row in rows if cache.open_lengths[row] == options.window_size]
         for group in _groups(full, [_has_gradient(sleeps_left[row], options) for row in full]):
-            sleep(blocks, cache, group, options, gradient=_has_gradient(sleeps_left[group[0]], options))
+            gradient = _has_gradient(sleeps_left[group[0]], options)
+            first = first_passes.get(tuple(group)) if gradient else None
+            sleep(blocks, cache, group, options, gradient, first)
         for row in full:
             sleeps_left[row] -= 1
 
@@ -188,9 +241,15 @@ def read(
         # Where padding would spoil the state that is kept, rows of one length go together instead.
         groups = _groups(awake, [take[row] for row in awake], together=blocks.masks_padding or not keep)
         windows = [cache.next_window(group, input_ids, done, take, options.sliding) for group in groups]
+        first_passes.clear()
         for group, window in zip(groups, windows, strict=True):
             memory = cache.memory.select(group)
-            hidden, memory = options.recompute("window", wake, blocks, window, memory, options, keep)
+            # A window read whole and slept on next; not where activations are to be dropped at its end.
+            share = options.shares_first_pass and all(
+                take[row] == options.window_size and done[row] + take[row] < lengths[row] for row in group
+            )
+            hidden, memory, first = options.recompute("window", wake, blocks, window, memory, options, keep, share)
+            first_passes[tuple(group)] = first
             if keep:
                 cache.memory = cache.memory.put(group, memory)
             readings.append(_pick(hidden, group, done, take, wanted))

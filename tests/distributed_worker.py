@@ -1,10 +1,10 @@
 """What each process of a distributed test runs: a few training steps per scenario; losses into a file.
 
-    python distributed_worker.py OUTPUT SCENARIOS     (torch's RANK, WORLD_SIZE ... in the environment)
+    python distributed_worker.py DIRECTORY SCENARIOS     (torch's RANK, WORLD_SIZE ... in the environment)
 
 A scenario is a dict: ``name``, ``sleep`` (fields of SleepConfig), ``accumulation``, ``resume`` (go on from step 3 in a
-new trainer), ``spoil`` and ``terminate`` (after that many steps the last rank has a loss that is not a number, or gets a
-SIGTERM), and any training argument. Without WORLD_SIZE the same rows are read by one process.
+new trainer), ``spoil`` and ``terminate`` (after so many steps the last rank has a loss that is not a number, or gets a
+SIGTERM), and any training argument. The tests call `run` themselves for what one process makes of the same rows.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def start(scenario: dict[str, Any]) -> None:
     """Accelerate and transformers as they are in a new process."""
     # A model would be built partitioned as soon as one run had used ZeRO-3.
     unset_hf_deepspeed_config()
-    AcceleratorState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
         os.environ.pop(name, None)
@@ -157,14 +157,15 @@ def start(scenario: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    output, scenarios = Path(sys.argv[1]), json.loads(sys.argv[2])
+    directory, scenarios = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    results = {scenario["name"]: run(scenario, output.parent, world) for scenario in scenarios}
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        output.write_text(json.dumps(results))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    results = {}
+    for scenario in scenarios:
+        print("=====", scenario["name"], flush=True)
+        results[scenario["name"]] = run(scenario, directory, int(os.environ["WORLD_SIZE"]))
+    if dist.get_rank() == 0:
+        (directory / "results.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import VOCAB, randomise, tiny_base, tokens
+from families import VOCAB, randomise, tiny_base, tokens, true_float64
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import IGNORE, loss_of, read_row
 from tolerances import EXACT, EXACT_GRAD, assert_close
 
 from sleepify import FastWeightConfig, SleepCache, sleepify
+
+
+@pytest.fixture(autouse=True, scope="module")
+def exactly():
+    """Sums come in another order where passes are shared, batched or split; float32 inside would round them apart."""
+    with true_float64():
+        yield
+
 
 SETTINGS = settings(max_examples=12, deadline=None, derandomize=True)
 EVICTION = st.sampled_from(["hard", "sliding"])

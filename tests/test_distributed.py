@@ -11,10 +11,12 @@ import os
 import socket
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from distributed_worker import run
 from families import randomise, tiny_base, tokens, true_float64
 from tolerances import DISTRIBUTED, DISTRIBUTED_MUON, EXACT_GRAD, assert_close
 
@@ -54,102 +56,108 @@ def zero(stage):
 MODES = {"ddp": {}, "fsdp2": FSDP, "zero2": zero(2), "zero3": zero(3)}
 
 
-def free_port():
+def on_two_processes(directory, scenarios):
+    """What two processes make of the scenarios, one after the other."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def launch(directory, world, scenarios):
-    """The processes of a run; `finish` waits for them."""
-    directory.mkdir()
+        port = listener.getsockname()[1]
     script = Path(__file__).parent / "distributed_worker.py"
-    common = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parent), "DS_ACCELERATOR": "cpu"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parent), "DS_ACCELERATOR": "cpu"}
     # DeepSpeed compiles its Muon with torch.compile, which takes longer than these five steps.
-    common |= {"TORCHDYNAMO_DISABLE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment |= {"TORCHDYNAMO_DISABLE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    command = [sys.executable, str(script), str(directory), json.dumps(scenarios)]
+    logs = [directory / f"{rank}.log" for rank in range(2)]
     processes = []
-    for rank in range(world):
-        own = {"WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}
-        log = open(directory / f"{rank}.log", "w")  # noqa: SIM115
-        command = [sys.executable, str(script), str(directory / "out.json"), json.dumps(scenarios)]
-        process = subprocess.Popen(command, env=os.environ | common | own, stdout=log, stderr=subprocess.STDOUT)
-        processes.append((process, log))
-    return directory, processes
-
-
-def finish(run):
-    directory, processes = run
     try:
-        codes = [process.wait(timeout=300) for process, _ in processes]
+        for rank, log in enumerate(logs):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            with open(log, "w") as output:
+                processes.append(
+                    subprocess.Popen(command, env=environment | own, stdout=output, stderr=subprocess.STDOUT)
+                )
+        codes = [process.wait(timeout=500) for process in processes]
     finally:
-        for process, log in processes:
+        for process in processes:
             process.kill()
-            log.close()
-    assert not any(codes), "\n".join(path.read_text()[-3000:] for path in sorted(directory.glob("*.log")))
-    return json.loads((directory / "out.json").read_text())
+    assert not any(codes), "\n".join(log.read_text()[-3000:] for log in logs)
+    return json.loads((directory / "results.json").read_text())
 
 
-def compare(directory, plan):
-    """Run every (mode, run, options) on two processes and every run on one, and compare the losses."""
-    scenarios = {
-        mode: [{"name": f"{name}", **RUNS[name], **MODES[mode], **more} for name, more in runs.items()]
-        for mode, runs in plan.items()
-    }
-    names = sorted({name for runs in plan.values() for name in runs})
-    started = [launch(directory / "one", 1, [{"name": name, **RUNS[name]} for name in names])]
-    started += [launch(directory / mode, 2, scenarios[mode]) for mode in plan]
-    one, *two = [finish(run) for run in started]
-    for mode, results in zip(plan, two, strict=True):
-        for name, result in results.items():
-            what = f"{mode}, {name}"
-            assert result["wrapped"] == WRAPPERS[mode], what
-            tolerance = DISTRIBUTED_MUON if RUNS[name]["optimizer"] == "muon" else DISTRIBUTED
-            expected = one[name]["losses"]
-            assert len(expected) == 5
-            assert_close(torch.tensor(result["losses"]), torch.tensor(expected), tolerance, what)
-            if "resumed" in result:
-                assert result["resumed"] == result["losses"], what
-    return one, dict(zip(plan, two, strict=True))
+def scenario(mode, name, **more):
+    return {"name": f"{mode}-{name}", **RUNS[name], **MODES[mode], **more}
 
 
-RESUME = {"resume": True}
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The losses of one process, by run."""
+    directory = tmp_path_factory.mktemp("one")
+    results = {name: run({"name": name, **options}, directory, world=1) for name, options in RUNS.items()}
+    return {name: torch.tensor(result["losses"]) for name, result in results.items()}
 
 
-def test_ddp_and_fsdp2_give_the_losses_of_one_process_and_resume(tmp_path):
-    plan = {
-        "ddp": {"adamw": RESUME, "muon_frozen": {}},
-        "fsdp2": {"muon": RESUME, "adamw_frozen": {}, "mixed": {}},
-    }
-    one, _ = compare(tmp_path, plan)
-    # What is compared can tell the runs apart.
-    assert abs(one["muon"]["losses"][-1] - one["adamw"]["losses"][-1]) > 3 * DISTRIBUTED_MUON.atol
-    assert abs(one["adamw_frozen"]["losses"][-1] - one["adamw"]["losses"][-1]) > 3 * DISTRIBUTED.atol
+PLAN = {
+    "ddp": {"adamw": {"resume": True}, "muon_frozen": {}},
+    "fsdp2": {"muon": {"resume": True}, "adamw_frozen": {}, "mixed": {}},
+    "zero2": {"adamw": {"resume": True}, "muon_frozen": {}},
+    "zero3": {"muon": {"resume": True}, "adamw_frozen": {}},
+}
+SPOILED = ["ddp", "fsdp2", "zero2"]
+if find_spec("deepspeed") is None:
+    PLAN, SPOILED = {mode: PLAN[mode] for mode in ("ddp", "fsdp2")}, ["ddp", "fsdp2"]
 
 
-def test_zero2_and_zero3_give_the_losses_of_one_process_and_resume(tmp_path):
-    pytest.importorskip("deepspeed", reason="ZeRO is DeepSpeed's")
-    compare(
-        tmp_path,
-        {"zero2": {"adamw": RESUME, "muon_frozen": {}}, "zero3": {"muon": RESUME, "adamw_frozen": {}}},
-    )
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What two processes make of everything here; starting them takes longer than the runs."""
+    scenarios = [scenario(mode, name, **more) for mode, runs in PLAN.items() for name, more in runs.items()]
+    scenarios += [scenario(mode, "adamw", spoil=1) | {"name": f"{mode}-spoiled"} for mode in SPOILED]
+    stopped = {"name": "terminated", "save_strategy": "steps", "save_steps": 100}
+    scenarios.append(scenario("ddp", "adamw", terminate=1) | stopped)
+    return on_two_processes(tmp_path_factory.mktemp("two"), scenarios)
+
+
+def assert_same(result, expected, mode, name):
+    what = f"{mode}, {name}"
+    assert result["wrapped"] == WRAPPERS[mode], what
+    assert len(result["losses"]) == len(expected) == 5
+    tolerance = DISTRIBUTED_MUON if RUNS[name]["optimizer"] == "muon" else DISTRIBUTED
+    assert_close(torch.tensor(result["losses"]), expected, tolerance, what)
+    assert result.get("resumed", result["losses"]) == result["losses"], what
+
+
+@pytest.mark.parametrize("mode", PLAN)
+def test_two_processes_give_the_losses_of_one_and_resume(one, two, mode):
+    for name in PLAN[mode]:
+        assert_same(two[f"{mode}-{name}"], one[name], mode, name)
+
+
+def test_what_is_compared_can_tell_the_runs_apart(one):
+    def apart(first, second):
+        return (one[first] - one[second]).abs().max()
+
+    assert apart("muon", "adamw") > 3 * DISTRIBUTED_MUON.atol
+    assert apart("muon", "muon_frozen") > 3 * DISTRIBUTED_MUON.atol
+    assert apart("adamw", "adamw_frozen") > 3 * DISTRIBUTED.atol
+    assert apart("adamw", "mixed") > 3 * DISTRIBUTED.atol
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES)
-def test_every_run_in_every_mode(tmp_path, mode):
-    if mode.startswith("zero"):
-        pytest.importorskip("deepspeed", reason="ZeRO is DeepSpeed's")
-    compare(tmp_path, {mode: dict.fromkeys(RUNS, RESUME)})
+@pytest.mark.parametrize("mode", PLAN)
+def test_every_run_in_every_mode(one, tmp_path, mode):
+    results = on_two_processes(tmp_path, [scenario(mode, name, resume=True) for name in RUNS])
+    for name in RUNS:
+        assert_same(results[f"{mode}-{name}"], one[name], mode, name)
 
 
-def test_what_happens_to_one_rank_happens_to_all(tmp_path):
-    steps = {"save_strategy": "steps", "save_steps": 100}
-    scenarios = [{"name": "spoiled", **ADAMW, "spoil": 1}, {"name": "terminated", **ADAMW, **steps, "terminate": 1}]
-    results = finish(launch(tmp_path / "two", 2, scenarios))
-    assert results["spoiled"]["nonfinite"] == 1
-    assert torch.tensor(results["spoiled"]["losses"]).isfinite().all()
-    # The other rank stops in the same step, with a whole checkpoint.
-    assert (results["terminated"]["code"], results["terminated"]["saved"]) == (143, ["checkpoint-2"])
+@pytest.mark.parametrize("mode", SPOILED)
+def test_a_bad_loss_on_one_rank_is_skipped_on_all(two, mode):
+    result = two[f"{mode}-spoiled"]
+    assert result["nonfinite"] == 1
+    assert torch.tensor(result["losses"]).isfinite().all()
+
+
+def test_a_signal_to_one_rank_stops_all_in_the_same_step_with_a_checkpoint(two):
+    assert (two["terminated"]["code"], two["terminated"]["saved"]) == (143, ["checkpoint-2"])
 
 
 def small_model(dtype=torch.float32, **keywords):

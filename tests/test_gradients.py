@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from families import randomise, tiny_base, tokens, true_float64
@@ -9,6 +11,15 @@ from reference import IGNORE, loss_of, read_row
 from tolerances import EXACT_GRAD, assert_close
 
 from sleepify import FastWeightConfig, SleepCache, sleepify
+from sleepify.memory import Memory
+from sleepify.sleep import Options
+
+
+@pytest.fixture(autouse=True, scope="module")
+def exactly():
+    """Sums come in another order where passes are shared, batched or split; float32 inside would round them apart."""
+    with true_float64():
+        yield
 
 
 def sleeping(eviction: str = "hard", family: str = "qwen3", **keywords):
@@ -65,6 +76,36 @@ def test_checkpointing_changes_no_gradient(eviction, family, mode):
     assert not model.is_gradient_checkpointing
 
 
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+def test_boundaries_kept_on_the_cpu_change_no_gradient(eviction):
+    model = sleeping(eviction, checkpoint="window")
+    expected = gradients(model, model(**batch()).loss)
+    model.config.offload = True
+    moved = []
+    to = Memory.map
+    with patch.object(Memory, "map", lambda self, function: moved.append(len(self.tensors())) or to(self, function)):
+        loss = model(**batch()).loss
+    assert sum(moved) > 0
+    assert_same_gradients(gradients(model, loss), expected)
+
+
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+@pytest.mark.parametrize("loop_range", [(0, 4), (1, 3), (0, 1)])
+def test_a_wake_pass_that_serves_as_first_pass_of_a_sleep_changes_nothing(eviction, loop_range):
+    model = sleeping(eviction, loop_range=loop_range)
+    ids = tokens(2, 14)
+    calls = []
+    hook = model.language_model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    shared = gradients(model, model(ids, labels=ids).loss)
+    n_shared = len(calls)
+    with patch.object(Options, "shares_first_pass", False):
+        alone = gradients(model, model(ids, labels=ids).loss)
+    hook.remove()
+    # Three windows of the four are slept on, each of which saves one pass.
+    assert len(calls) - n_shared == n_shared + 3
+    assert_same_gradients(shared, alone)
+
+
 def test_checkpointing_per_window_keeps_only_what_crosses_boundaries():
     def kept(mode):
         model = sleeping(n_loops=4, checkpoint=mode)
@@ -96,8 +137,7 @@ def test_gradcheck_through_three_windows_and_three_loops(rule):
             return model(ids[:, 6:], past_key_values=cache).logits.square().mean()
 
     values = [p.detach().clone().requires_grad_() for p in parameters.values()]
-    with true_float64():
-        assert torch.autograd.gradcheck(logits_after_three_sleeps, values, fast_mode=True)
+    assert torch.autograd.gradcheck(logits_after_three_sleeps, values, fast_mode=True)
 
 
 def test_truncated_backpropagation_through_loops():
@@ -109,7 +149,6 @@ def test_truncated_backpropagation_through_loops():
     # By hand: the last pass starts from constants.
     blocks, options = model.blocks, model.options()
     from sleepify.cache import Window
-    from sleepify.memory import Memory
 
     window, empty = Window(ids[:, :6], (6,), (0,)), Memory(1)
     with torch.no_grad():

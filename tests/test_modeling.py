@@ -10,7 +10,7 @@ import torch
 from families import VOCAB, randomise, tiny_base, tokens
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tolerances import EXACT, FLOAT32, PARITY, assert_close
+from tolerances import EXACT, EXACT_GRAD, FLOAT32, PARITY, assert_close
 from transformers import AutoModelForCausalLM, DynamicCache, TextStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -21,6 +21,7 @@ from sleepify import (
     SleepCache,
     SleepConfig,
     SleepForCausalLM,
+    modeling,
     sleepify,
 )
 
@@ -125,6 +126,27 @@ def test_a_batch_without_a_single_label_has_loss_zero_and_can_be_differentiated(
     loss = model(ids, labels=torch.full_like(ids, -100)).loss
     assert loss == 0
     loss.backward()
+
+
+def test_the_loss_is_made_in_pieces_without_changing_it(monkeypatch):
+    model = sleeping().train()
+    ids, mask = tokens(3, 14), torch.ones(3, 14, dtype=torch.long)
+    mask[1, 9:] = 0
+
+    def loss_and_gradients():
+        model.zero_grad()
+        loss = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    whole = loss_and_gradients()
+    monkeypatch.setattr(modeling, "_LOSS_PIECE", 7)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        model(ids, labels=ids)
+    assert not any(VOCAB in shape and shape[0] > 7 for shape in kept if len(shape) == 2 and shape != (VOCAB, 32))
+    for actual, expected in zip(loss_and_gradients(), whole, strict=True):
+        assert_close(actual, expected, EXACT_GRAD, "in pieces")
 
 
 def test_output_types():

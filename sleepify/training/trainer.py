@@ -97,12 +97,13 @@ class SleepTrainer(Trainer):
 
     def _check_sharding(self) -> None:
         """Accelerate shards on accelerators only, and elsewhere quietly replicates."""
-        for name, is_there in (("fsdp", self.is_fsdp_enabled), ("deepspeed", self.is_deepspeed_enabled)):
+        chosen = self.accelerator.distributed_type
+        for name in ("fsdp", "deepspeed"):
             asked = getattr(self.args, name) or os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true"
-            if asked and not is_there:
+            if asked and chosen.value != name.upper():
                 raise ValueError(
-                    f"expected {name} to be available, but Accelerate chose {self.accelerator.distributed_type} "
-                    f"here and would quietly train without it; launch on accelerators, or drop {name}"
+                    f"expected {name} to be available, but Accelerate chose {chosen.value} here and would quietly train "
+                    f"without it; launch on several accelerators, or drop {name}"
                 )
 
     # --- data and optimiser ----------------------------------------------------------------------------------------

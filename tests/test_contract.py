@@ -414,6 +414,8 @@ def test_09_state_is_constant_and_keys_are_bounded(models):
             columns.append(cache.memory.columns)
         assert len(sizes) == 1 and sizes.pop() > 0
         assert max(columns) == bound
+        model.sleep(cache)
+        assert cache.memory.columns == model.options().retained
         for tensor in cache.memory.tensors():
             assert tensor.untyped_storage().nbytes() == tensor.nbytes, "a view keeps evicted memory alive"
 

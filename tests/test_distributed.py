@@ -62,7 +62,8 @@ def on_two_processes(directory, scenarios):
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     script = Path(__file__).parent / "distributed_worker.py"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parent), "DS_ACCELERATOR": "cpu"}
+    environment = os.environ | {"PYTHONPATH": f"{script.parent}{os.pathsep}{script.parents[1]}"}
+    environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     # DeepSpeed compiles its Muon with torch.compile, which takes longer than these five steps.
     environment |= {"TORCHDYNAMO_DISABLE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     command = [sys.executable, str(script), str(directory), json.dumps(scenarios)]
@@ -169,6 +170,7 @@ def small_model(dtype=torch.float32, **keywords):
 
 @pytest.mark.parametrize("name", ["fsdp", "deepspeed"])
 def test_sharding_that_would_quietly_be_left_out_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
     arguments = SleepTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(ValueError, match=f"{name} to be available.*quietly"):

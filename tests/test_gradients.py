@@ -8,7 +8,7 @@ import pytest
 import torch
 from families import randomise, tiny_base, tokens, true_float64
 from reference import IGNORE, loss_of, read_row
-from tolerances import EXACT_GRAD, assert_close
+from tolerances import EXACT_GRAD, QUOTIENT, assert_close
 
 from sleepify import FastWeightConfig, SleepCache, sleepify
 from sleepify.memory import Memory
@@ -185,15 +185,25 @@ def test_truncated_backpropagation_through_windows(kept):
     assert_same_gradients(actual, gradients(model, total / 2))
 
 
-def test_gradient_reaches_the_first_window_through_the_state_of_a_hybrid_of_transformers():
-    model = sleepify(tiny_base("qwen3_next", dtype=torch.float32), n_loops=2, window_size=4).train()
+@pytest.mark.parametrize("family", ["qwen3_next", "bamba", "zamba2", "falcon_h1"])
+def test_gradient_crosses_windows_through_the_recurrent_layers_of_transformers(family):
+    """Against a difference quotient: a state that is copied in place or detached somewhere would show."""
+    model = sleepify(tiny_base(family), n_loops=2, window_size=4).train()
     ids = tokens(1, 11)
-    embeddings = []
-    hook = model.get_input_embeddings().register_forward_hook(
-        lambda _, __, output: (output.retain_grad(), embeddings.append(output))[1]
-    )
     labels = torch.full_like(ids, IGNORE)
     labels[:, -1] = ids[:, -1]
+    weight = model.get_input_embeddings().weight
+    first = torch.zeros_like(weight)
+    first[ids[0, :4]] = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0)).double()
+    first[ids[0, 4:]] = 0  # tokens that only the first window has
+    assert first.count_nonzero() > 0
     model(ids, labels=labels).loss.backward()
-    hook.remove()
-    assert len(embeddings) == 3 and all(e.grad.abs().sum() > 0 for e in embeddings)
+    slope, step = (weight.grad * first).sum(), 1e-5
+    with torch.no_grad():
+        ends = []
+        for sign in (1, -1):
+            weight += sign * step * first
+            ends.append(model(ids, labels=labels).loss)
+            weight -= sign * step * first
+    assert_close(slope, (ends[0] - ends[1]) / (2 * step), QUOTIENT, family)
+    assert slope.abs() > 1e-4

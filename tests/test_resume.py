@@ -20,7 +20,7 @@ from sleepify.training import TaskDataset
 
 def deaths(directory, *options):
     script = Path(__file__).parent / "training_runs.py"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parent)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{script.parent}{os.pathsep}{script.parents[1]}"}
     command = [sys.executable, str(script), str(directory), *options]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sleepify.ops import chunking
-from sleepify.ops.kernels import short_conv_kernel
+from sleepify.ops.kernels import dynamic_conv_kernel, short_conv_kernel
 
 
 def short_conv(
@@ -75,8 +75,12 @@ def dynamic_conv(
         raise ValueError(f"kernels must be [B, T, C, W] with [B, T, C] = {tuple(x.shape)}, got {tuple(kernels.shape)}")
     history = _with_history(x, state, kernels.shape[-1])
     new_state = _last_inputs(history, x.shape[1], lengths, kernels.shape[-1])
+    inputs = history[:, 1:]
+    kernel = dynamic_conv_kernel(inputs, kernels)
+    if kernel is not None:
+        return kernel(inputs, kernels, activation), new_state
     dtype = chunking.accumulation_dtype(x)
-    y = _weighted_sum(history[:, 1:].to(dtype), kernels.to(dtype).unbind(-1), x.shape[1])
+    y = _weighted_sum(inputs.to(dtype), kernels.to(dtype).unbind(-1), x.shape[1])
     return _activate(y, activation).to(x.dtype), new_state
 
 

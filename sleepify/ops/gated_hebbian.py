@@ -27,7 +27,7 @@ def gated_hebbian_rule(
 ) -> tuple[Tensor, Tensor]:
     """The gated Hebbian rule over T tokens (Eq. 3). Arguments, results and errors as in ``gated_delta_rule``."""
     chunking.check_inputs(q, k, v, g, beta, state)
-    kernel = kernels.gated_hebbian_kernel(q, v)
+    kernel = kernels.gated_hebbian_kernel(q, k, v, g, beta, state)
     return (kernel or gated_hebbian_chunked)(q, k, v, g, beta, state, scale=scale, qk_l2norm=qk_l2norm)
 
 

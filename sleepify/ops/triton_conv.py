@@ -8,7 +8,7 @@
 inputs. Products and sums are in float32 for every dtype. No atomics: each entry of a result is summed by one program,
 in a fixed order. Importing this needs Triton, which comes with a torch built for CUDA on Linux; ``kernels`` decides.
 """
-# mypy: disallow-untyped-decorators=False
+# mypy: disallow-untyped-decorators=False, disallow-untyped-defs=False, disallow-incomplete-defs=False
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _launch(cells: Tensor, width: int) -> tuple[tuple[int, int], dict[str, int]]
 
 
 @triton.jit
-def _block(n_tokens: Any, n_channels: Any, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr) -> Any:
+def _block(n_tokens, n_channels, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
     """Row, tokens [BLOCK_T,1] and channels [1,BLOCK_C] of this program, and which of its cells exist.
 
     In 64 bits: a long text times its channels times W passes 2^31.
@@ -94,9 +94,7 @@ def _block(n_tokens: Any, n_channels: Any, BLOCK_T: tl.constexpr, BLOCK_C: tl.co
 
 
 @triton.jit
-def _weighted_sum(
-    inputs: Any, kernels: Any, source: Any, cell: Any, exists: Any, n_channels: Any, WIDTH: tl.constexpr
-) -> Any:
+def _weighted_sum(inputs, kernels, source, cell, exists, n_channels, WIDTH: tl.constexpr):
     """z of a block, in float32."""
     z = tl.zeros(exists.shape, tl.float32)
     for w in tl.static_range(WIDTH):
@@ -107,17 +105,17 @@ def _weighted_sum(
 
 @triton.jit
 def _forward(
-    inputs: Any,
-    kernels: Any,
-    y: Any,
-    row_stride: Any,
-    n_tokens: Any,
-    n_channels: Any,
+    inputs,
+    kernels,
+    y,
+    row_stride,
+    n_tokens,
+    n_channels,
     SILU: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
-) -> None:
+):
     row, tokens, channels, exists = _block(n_tokens, n_channels, BLOCK_T, BLOCK_C)
     cell = (row * n_tokens + tokens) * n_channels + channels
     source = row * row_stride + tokens * n_channels + channels
@@ -129,19 +127,19 @@ def _forward(
 
 @triton.jit
 def _backward_kernels(
-    inputs: Any,
-    kernels: Any,
-    dy: Any,
-    dz: Any,
-    dkernels: Any,
-    row_stride: Any,
-    n_tokens: Any,
-    n_channels: Any,
+    inputs,
+    kernels,
+    dy,
+    dz,
+    dkernels,
+    row_stride,
+    n_tokens,
+    n_channels,
     SILU: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
-) -> None:
+):
     row, tokens, channels, exists = _block(n_tokens, n_channels, BLOCK_T, BLOCK_C)
     cell = (row * n_tokens + tokens) * n_channels + channels
     source = row * row_stride + tokens * n_channels + channels
@@ -158,15 +156,15 @@ def _backward_kernels(
 
 @triton.jit
 def _backward_inputs(
-    kernels: Any,
-    dz: Any,
-    dinputs: Any,
-    n_tokens: Any,
-    n_channels: Any,
+    kernels,
+    dz,
+    dinputs,
+    n_tokens,
+    n_channels,
     WIDTH: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
-) -> None:
+):
     # n_tokens counts the inputs here, W-1 more than there are outputs.
     row, positions, channels, exists = _block(n_tokens, n_channels, BLOCK_T, BLOCK_C)
     n_outputs = n_tokens - (WIDTH - 1)

@@ -4,8 +4,8 @@ FSDP and ZeRO gather a layer's weights when it is called and reduce its gradient
 ranks must call the same layers in the same order. A sleeping model calls its layers N times for every window that a row
 fills, and once for every window that is supervised: as often as the batch at hand asks for. Before a step the ranks
 therefore agree on the windows of all of them. A rank whose rows are too short gets one more, of padding tokens, and
-windows that are supervised elsewhere are read awake here too; what that computes has no target, so that its gradient is
-exactly zero.
+windows that are supervised elsewhere are read awake here too (the model's ``awake``); what that computes has no target,
+so that its gradient is exactly zero.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def equalise(batch: dict[str, Any], window_size: int, truncated: bool) -> dict[s
         truncated: whether gradient flows through the last sleeps of a row only.
 
     Returns:
-        The same batch where nothing was missing; otherwise right-padded, with more rows and with ``logits_to_keep``.
+        The batch right-padded, with ``awake``, and with more rows where something was missing.
     """
     ids, labels = batch["input_ids"], batch["labels"]
     mask = batch.get("attention_mask")
@@ -89,16 +89,13 @@ def equalise(batch: dict[str, Any], window_size: int, truncated: bool) -> dict[s
     both = torch.cat([mine, ~mine]).to(torch.int32)
     dist.all_reduce(both, dist.ReduceOp.MAX)
     on_any, not_on_any = both.bool().chunk(2)
-    if not (on_any & not_on_any).any():
-        return _longest_first(batch) if truncated else batch
     mine, everyone = mine.cpu(), on_any.cpu()
+    differ = bool((on_any & not_on_any).any())
     # With truncation a row's calls depend on where it itself is supervised: then all rows are woken alike.
-    wake = [window for window in range(n) if everyone[window] and (truncated or not mine[window])]
+    wake = [window for window in range(n) if differ and everyone[window] and (truncated or not mine[window])]
     longest = int(everyone[n : 2 * n].nonzero().max())
     wanted = range(n) if truncated else [longest]
     extra = [sleeps for sleeps in wanted if everyone[n + sleeps] and not mine[n + sleeps]]
-    if not extra and not wake:
-        return batch
 
     order = mask.argsort(dim=1, descending=True, stable=True)
     width = max(ids.shape[1], longest * window_size + 1)
@@ -108,19 +105,15 @@ def equalise(batch: dict[str, Any], window_size: int, truncated: bool) -> dict[s
     }
     for place, sleeps in enumerate(extra, start=len(ids)):
         padded["attention_mask"][place, : sleeps * window_size + 1] = 1
+    lengths = padded["attention_mask"].sum(1)
+    padded["awake"] = torch.zeros_like(padded["input_ids"], dtype=torch.bool)
+    woken = slice(None) if truncated else lengths.argmax()
+    padded["awake"][woken, [window * window_size for window in wake]] = True
     if truncated:
-        padded = _longest_first(padded)
-    columns = torch.tensor([window * window_size for window in wake], dtype=torch.long, device=ids.device)
-    return batch | padded | ({"logits_to_keep": columns} if wake else {})
-
-
-def _longest_first(batch: dict[str, Any]) -> dict[str, Any]:
-    """Rows are slept on in the order they come: on all ranks those without gradient, which are longer, come first."""
-    mask = batch.get("attention_mask")
-    if mask is None:
-        return batch
-    order = mask.sum(1).argsort(descending=True)
-    return batch | {name: batch[name][order] for name in ("input_ids", "labels", "attention_mask")}
+        # Rows are slept on in the order they come: on all ranks those without gradient, which are longer, come first.
+        rows = lengths.argsort(descending=True)
+        padded = {name: tensor[rows] for name, tensor in padded.items()}
+    return batch | padded
 
 
 def _grow(tensor: Tensor, width: int, rows: int, fill: int) -> Tensor:

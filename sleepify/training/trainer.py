@@ -102,8 +102,8 @@ class SleepTrainer(Trainer):
             asked = getattr(self.args, name) or os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true"
             if asked and chosen.value != name.upper():
                 raise ValueError(
-                    f"expected {name} to be available, but Accelerate chose {chosen.value} here and would quietly train "
-                    f"without it; launch on several accelerators, or drop {name}"
+                    f"expected {name} to be available, but Accelerate chose {chosen.value} here and would quietly "
+                    f"train without it; launch on several accelerators, or drop {name}"
                 )
 
     # --- data and optimiser ----------------------------------------------------------------------------------------
@@ -147,13 +147,13 @@ class SleepTrainer(Trainer):
             config = self._config
             inputs = equalise(inputs, config.window_size, config.backprop_windows is not None)
         cache = None
-        if model.training and self._logs_after_this_step() and "logits_to_keep" not in inputs:
+        if model.training and self._logs_after_this_step():
             cache = SleepCache()
             inputs = _left_padded(inputs) | {"past_key_values": cache, "use_cache": False}
         loss: Any = super().compute_loss(model, inputs, False, num_items_in_batch)
         if cache is not None:
             self._state_norms = state_norms(cache)
-        # Rows and columns that were added are nobody's predictions.
+        # Rows that were added are nobody's predictions.
         return (loss, CausalLMOutputWithPast(loss=loss)) if return_outputs else loss
 
     def _logs_after_this_step(self) -> bool:
@@ -172,8 +172,10 @@ class SleepTrainer(Trainer):
         self._loss_is_bad.zero_()
         is_bad, self._stop_agreed = self._agree(is_bad, self._stop_asked)
         if is_bad and self.args.skip_nonfinite:
-            # Without gradients the optimiser leaves parameters and its own state as they are.
-            model.zero_grad(set_to_none=True)
+            # Without gradients the optimiser leaves parameters and its own state as they are. DeepSpeed has made its
+            # step by now, and skipped it for such a gradient.
+            if not self.is_deepspeed_enabled:
+                model.zero_grad(set_to_none=True)
             self._count_nonfinite(float(norm))
         elif not is_bad:
             self._nonfinite_in_a_row = 0
@@ -341,7 +343,7 @@ def _left_padded(inputs: dict[str, Any]) -> dict[str, Any]:
     if mask is None:
         return inputs
     order = mask.argsort(dim=1, stable=True)
-    names = ("input_ids", "labels", "attention_mask")
+    names = ("input_ids", "labels", "attention_mask", "awake")
     return inputs | {name: inputs[name].gather(1, order) for name in names if name in inputs}
 
 

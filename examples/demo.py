@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,6 @@ from rich.progress import (  # noqa: E402
     MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
     track,
 )
@@ -181,20 +180,12 @@ def train(draft: Path, settings: dict[str, Any]) -> list[tuple[int, float]]:
     console.print(f"[dim]accelerate launch {' '.join(shown)}[/]", soft_wrap=True)
     log = draft / "train.log"
     losses: list[tuple[int, float]] = []
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
-    with (
-        log.open("w", encoding="utf-8") as kept,
-        bar,
-        _recipe(["--config_file", *map(str, files), *words], draft) as process,
-    ):
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    bar = Progress(*columns, console=console)
+    command = ["--config_file", *map(str, files), *words]
+    with log.open("w", encoding="utf-8") as kept, bar, _recipe(command, draft) as process:
         training = bar.add_task("starting", total=settings["max_steps"])
+        testing = bar.add_task("testing on held-out problems", total=None, visible=False)
         assert process.stdout is not None
         for line in process.stdout:
             kept.write(line)
@@ -205,7 +196,7 @@ def train(draft: Path, settings: dict[str, Any]) -> list[tuple[int, float]]:
                 bar.update(training, completed=step, description=f"loss {losses[-1][1]:.3f}")
             elif "train_runtime" in found:
                 bar.update(training, completed=settings["max_steps"])
-                testing = bar.add_task("testing on held-out problems", total=None)
+                bar.update(testing, visible=True)
         if process.wait():
             tail = "".join(log.read_text(encoding="utf-8").splitlines(keepends=True)[-20:])
             raise SystemExit(f"expected the recipe to run, it ended with status {process.returncode}:\n{tail}")
@@ -228,9 +219,9 @@ def _recipe(arguments: list[str], folder: Path) -> Iterator[subprocess.Popen[str
     try:
         yield process
     finally:
-        if process.poll() is None:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        process.wait()
 
 
 # --- what it can do ---------------------------------------------------------------------------------------------------

@@ -148,9 +148,8 @@ class Cost:
 def costs(model: SleepForCausalLM, text: list[int], windows: int, repeats: int) -> list[Cost]:
     """Sessions of the model and of its base, timed in turn so that whatever else runs here hits all alike."""
     base, window = model.language_model, model.config.window_size
-    ids = torch.tensor([text])
-    sessions: dict[str, SleepCache | DynamicCache] = {}
-    lengths: dict[str, int] = {}
+    ids = torch.tensor([text[: windows * window]])
+    sessions: list[tuple[str, int, SleepCache | DynamicCache]] = []
     for count in (1, windows):
         # The last window is one token short of full: the next one is read awake, and needs no sleep before it.
         length = count * window - 1
@@ -158,21 +157,22 @@ def costs(model: SleepForCausalLM, text: list[int], windows: int, repeats: int) 
         model(ids[:, :length], past_key_values=before, logits_to_keep=1)
         grown = DynamicCache(config=base.config)
         base(ids[:, :length], past_key_values=grown, logits_to_keep=1)
-        named = {"before sleep": before, "after sleep": model.sleep(before.clone()), "base": grown}
-        for name, cache in named.items():
-            key = f"{name}, window {count}"
-            sessions[key], lengths[key] = cache, length
-    token, times = ids[:, :1], {name: [] for name in sessions}
+        named = {"before sleep": before, "after sleep": model.sleep(before.clone()), "base, no sleep": grown}
+        sessions += [(name, length, cache) for name, cache in named.items()]
+    times: list[list[float]] = [[] for _ in sessions]
     for repeat in range(repeats + 5):
-        for name, cache in sessions.items():
+        for (_, _, cache), taken in zip(sessions, times, strict=True):
             once = cache.clone() if isinstance(cache, SleepCache) else cache
             begin = time.perf_counter()
-            (model if isinstance(cache, SleepCache) else base)(token, past_key_values=once, logits_to_keep=1)
+            (model if isinstance(cache, SleepCache) else base)(ids[:, :1], past_key_values=once, logits_to_keep=1)
             if repeat >= 5:
-                times[name].append(time.perf_counter() - begin)
+                taken.append(time.perf_counter() - begin)
             if isinstance(cache, DynamicCache):
                 cache.crop(-1)
-    return [Cost(name, lengths[name], *_bytes(cache), median(times[name])) for name, cache in sessions.items()]
+    return [
+        Cost(name, length, *_bytes(cache), median(taken))
+        for (name, length, cache), taken in zip(sessions, times, strict=True)
+    ]
 
 
 def _bytes(cache: SleepCache | DynamicCache) -> tuple[int, int]:
@@ -184,7 +184,7 @@ def _bytes(cache: SleepCache | DynamicCache) -> tuple[int, int]:
 def cost_table(found: Sequence[Cost]) -> Table:
     """One row per session."""
     table = Table(title="a session, and one more token of it")
-    for name in ("", "tokens read", "keys and values, bytes", "state, bytes", "ms per token"):
+    for name in ("", "tokens read", "KV bytes", "state bytes", "ms per token"):
         table.add_column(name, justify="right" if name else "left")
     for cost in found:
         table.add_row(

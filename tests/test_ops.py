@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -286,6 +288,7 @@ class FakeKernels:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
         monkeypatch.setattr(kernels, "_on_cuda", lambda x: True)
+        monkeypatch.setattr(kernels, "_backward_fault", lambda: "")
         monkeypatch.setattr(kernels, "_load", lambda module, name: (getattr(self, name), ""))
 
     def _delta(self, name: str, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -311,7 +314,12 @@ class FakeKernels:
         q, k, v, g = (arguments[key] for key in ("q", "k", "v", "g"))
         return ops.gated_hebbian_reference(q, k, v, g, ones, arguments["initial_state"], scale=arguments["scale"])
 
-    def causal_conv1d_fn(self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    def convolve(self, inputs: Tensor, kernels: Tensor, activation: str | None) -> Tensor:
+        self.calls.append(("dynamic", {"inputs": inputs}))
+        y = sum(inputs[:, w : w + kernels.shape[1]] * tap for w, tap in enumerate(kernels.unbind(-1)))
+        return y if activation is None else torch.nn.functional.silu(y)
+
+    def causal_conv1d_fn(self, x: Tensor, weight: Tensor, bias: Tensor, activation: str | None) -> Tensor:
         self.calls.append(("conv", {"x": x}))
         assert x.stride(1) == 1 and x.stride(2) % 8 == 0 and x.stride(0) % 8 == 0 and weight.is_contiguous()
         y = torch.nn.functional.conv1d(x, weight.unsqueeze(1), bias, padding=weight.shape[1] - 1, groups=x.shape[1])
@@ -347,6 +355,46 @@ def test_the_kernel_without_backward_is_for_decoding_only(monkeypatch: pytest.Mo
     assert [name for name, _ in fake.calls] == ["step", "chunk", "chunk", "step"]
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_a_faulty_backward_is_not_used(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    function, _, _ = RULES[rule]
+    fake = FakeKernels(monkeypatch)
+    monkeypatch.setattr(kernels, "_backward_fault", lambda: "wrong")
+    inputs = make_inputs(0, 3, dtype=torch.bfloat16)
+    function(*inputs[:5], inputs[5].requires_grad_(), scale=1.0)
+    assert fake.calls == []
+    with torch.no_grad():
+        function(*inputs, scale=1.0)
+    assert len(fake.calls) == 1
+
+
+@pytest.mark.parametrize(
+    "capability, triton, fla, faulty",
+    [
+        ((8, 0), "3.6.0", "0.5.0", False),  # Ampere
+        ((10, 0), "3.6.0", "0.5.0", False),  # Blackwell
+        ((9, 0), "3.3.1", "0.4.0", False),
+        ((9, 0), "3.4.0", "0.4.2", True),
+        ((9, 0), "3.6.0+git1", "0.5.2", True),
+        ((9, 0), "3.7.1", "0.5.0", True),
+        ((9, 0), "3.10.0", "0.6.0", False),
+    ],
+)
+def test_where_the_backward_is_faulty(
+    capability: tuple[int, int], triton: str, fla: str, faulty: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability if device else (8, 0))
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=triton))
+    monkeypatch.setitem(sys.modules, "fla", SimpleNamespace(__version__=fla))
+    monkeypatch.setattr(kernels, "_load", lambda module, name: (print, ""))
+    kernels._backward_fault.cache_clear()
+    assert bool(kernels._backward_fault()) == faulty
+    assert ("wherever gradients are taken" in ops.describe()["gated_delta_rule on cuda"]) == faulty
+    kernels._backward_fault.cache_clear()
+
+
 @pytest.mark.parametrize(
     "changes", [{"dtype": torch.float32}, {"dtype": torch.float64}, {"key_dim": 258}, {"value_dim": 5}]
 )
@@ -376,6 +424,35 @@ def test_short_conv_kernel_continues_from_the_state(monkeypatch: pytest.MonkeyPa
     assert len(fake.calls) == 3
 
 
+def test_dynamic_conv_kernel_continues_from_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    double = conv_inputs(7, 3, dynamic=True)
+    inputs, lengths = [x.float() for x in double], torch.tensor([7, 2, 0])
+    expected = run_with_grads(ops.dynamic_conv_reference, inputs, lengths=lengths)
+    fake = FakeKernels(monkeypatch)
+    actual = run_with_grads(dynamic_conv, inputs, lengths=lengths)
+    for ours, theirs in zip((*actual[:2], *actual[2]), (*expected[:2], *expected[2]), strict=True):
+        assert_close(ours, theirs, FLOAT32, "dynamic_conv")
+    assert len(fake.calls) == 1
+    dynamic_conv(*double)  # no float64 there
+    dynamic_conv(inputs[0], double[1])
+    assert len(fake.calls) == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Failed to find C compiler"), subprocess.CalledProcessError(1, "gcc")])
+def test_triton_that_cannot_compile_is_found_out_beforehand(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(convolve: object) -> None:
+        raise error
+
+    kernels._load.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "sleepify.ops.triton_conv", SimpleNamespace(convolve=print))
+    monkeypatch.setattr(kernels, "_try_out", fail)
+    assert f"does not load: {error}" in ops.describe()["dynamic_conv on cuda"]
+    monkeypatch.setattr(kernels, "_on_cuda", lambda x: True)
+    assert kernels.dynamic_conv_kernel(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1, 1)) is None
+    kernels._load.cache_clear()
+
+
 def test_cpu_tensors_never_reach_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(module: str, name: str) -> None:
         raise AssertionError(f"{module}.{name} was asked for")
@@ -385,6 +462,7 @@ def test_cpu_tensors_never_reach_a_kernel(monkeypatch: pytest.MonkeyPatch) -> No
     gated_delta_rule(*inputs, scale=1.0)
     gated_hebbian_rule(*inputs, scale=1.0)
     short_conv(torch.randn(1, 3, 8), torch.randn(8, 4))
+    dynamic_conv(torch.randn(1, 3, 8), torch.randn(1, 3, 8, 4))
 
 
 def test_describe_names_every_operation_and_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,4 +475,8 @@ def test_describe_names_every_operation_and_the_reason(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "fla", None)  # what Python takes for absent
     assert "fla is not installed" in ops.describe()["gated_hebbian_rule on cuda"]
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "sleepify.ops.triton_conv", raising=False)
+    kernels._load.cache_clear()
+    assert "triton is not installed" in ops.describe()["dynamic_conv on cuda"]
     kernels._load.cache_clear()

@@ -209,6 +209,7 @@ def _run_causal_conv1d(
 ) -> Tensor:
     # [B,C,T'] with the channels adjacent in memory, as the kernel wants them. The state goes in as ordinary inputs and
     # its outputs are dropped: that needs no layout of initial_states, and gradient reaches the state.
-    bias = None if bias is None else bias.to(weight.dtype)
+    # Never None: without a bias, the backward pass of version 1.5.0 fails.
+    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.to(weight.dtype)
     y = function(x=inputs.mT, weight=weight.contiguous(), bias=bias, activation=activation)
     return y.mT[:, weight.shape[1] - 1 :]

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -183,7 +183,7 @@ def train(draft: Path, settings: dict[str, Any]) -> list[tuple[int, float]]:
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     bar = Progress(*columns, console=console)
     command = ["--config_file", *map(str, files), *words]
-    with log.open("w", encoding="utf-8") as kept, bar, _recipe(command, draft) as process:
+    with log.open("w", encoding="utf-8") as kept, bar, recipe(command, draft) as process:
         training = bar.add_task("starting", total=settings["max_steps"])
         testing = bar.add_task("testing on held-out problems", total=None, visible=False)
         assert process.stdout is not None
@@ -205,7 +205,7 @@ def train(draft: Path, settings: dict[str, Any]) -> list[tuple[int, float]]:
 
 
 @contextmanager
-def _recipe(arguments: list[str], folder: Path) -> Iterator[subprocess.Popen[str]]:
+def recipe(arguments: list[str], folder: Path) -> Iterator[subprocess.Popen[str]]:
     """`accelerate launch`, stopped together with all that it started."""
     process = subprocess.Popen(
         [sys.executable, "-m", "accelerate.commands.launch", *arguments],
@@ -219,9 +219,9 @@ def _recipe(arguments: list[str], folder: Path) -> Iterator[subprocess.Popen[str
     try:
         yield process
     finally:
-        with suppress(ProcessLookupError):
+        if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+            process.wait()
 
 
 # --- what it can do ---------------------------------------------------------------------------------------------------

@@ -185,7 +185,7 @@ def test_truncated_backpropagation_through_windows(kept):
     assert_same_gradients(actual, gradients(model, total / 2))
 
 
-@pytest.mark.parametrize("family", ["qwen3_next", "bamba", "zamba2", "falcon_h1"])
+@pytest.mark.parametrize("family", ["qwen3_5_text", "bamba", "zamba2", "falcon_h1"])
 def test_gradient_crosses_windows_through_the_recurrent_layers_of_transformers(family):
     """Against a difference quotient: a state that is copied in place or detached somewhere would show."""
     model = sleepify(tiny_base(family), n_loops=2, window_size=4).train()

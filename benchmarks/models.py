@@ -27,7 +27,7 @@ from sleepify import FastWeightConfig, SleepCache, SleepForCausalLM, sleepify
 from sleepify import sleep as algorithm
 from sleepify.memory import Memory
 
-SUPERVISED = 16
+SUPERVISED = 8
 """Tokens of a text that carry a label: its last."""
 
 
@@ -92,8 +92,14 @@ def looped_share(model: SleepForCausalLM) -> float:
 
 
 def ideal(tokens: int, window: int, n_loops: int, looped: float) -> float:
-    """Passes over a window that a training step must take (see the module)."""
-    windows = (tokens - SUPERVISED - 1) // window
+    """Passes over a window that a training step must take (see the module).
+
+    Raises:
+        ValueError: if the supervised tokens do not all lie in the window at which the text ends.
+    """
+    windows = (tokens - 1) // window
+    if tokens - windows * window <= SUPERVISED:
+        raise ValueError(f"expected more than {SUPERVISED} tokens after the last full window of {window}, T = {tokens}")
     return windows * (1 + (n_loops - 1) * looped) + tokens / window - windows
 
 

@@ -124,7 +124,7 @@ def tabulate(steps: Steps, times: dict[Key, list[float]], title: str, intro: str
 
 
 INTRO = """A step is forward and backward of one row of T tokens without the optimiser, of which the last
-16 are supervised, so that the windows before are only slept on. *Ideal*: `Wc (1 + (N-1) f) + r` passes over a window, for Wc full
+8 are supervised, so that the windows before are only slept on. *Ideal*: `Wc (1 + (N-1) f) + r` passes over a window, for Wc full
 windows, a rest of r windows that is read once, and a fraction f of the layers that is looped. *Time / ideal*: step time over
 that of N = 1 in the same round, divided by ideal(N) / ideal(1). *Arithmetic / ideal*: the same of the operations counted while a
 step runs on the meta device; it is a little above 1 because nothing reads the output of the last layer of a sleep's

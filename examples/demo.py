@@ -63,6 +63,7 @@ from measures import (  # noqa: E402
     write_on,
 )
 from rich.console import Console  # noqa: E402
+from rich.markup import escape  # noqa: E402
 from rich.progress import (  # noqa: E402
     BarColumn,
     MofNCompleteColumn,
@@ -180,10 +181,10 @@ def train(draft: Path, settings: dict[str, Any]) -> list[tuple[int, float]]:
     console.print(f"[dim]accelerate launch {' '.join(shown)}[/]", soft_wrap=True)
     log = draft / "train.log"
     losses: list[tuple[int, float]] = []
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-    bar = Progress(*columns, console=console)
+    text = TextColumn("{task.description}")
+    bar = Progress(text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console)
     command = ["--config_file", *map(str, files), *words]
-    with log.open("w", encoding="utf-8") as kept, bar, recipe(command, draft) as process:
+    with log.open("w", encoding="utf-8", buffering=1) as kept, bar, recipe(command, draft) as process:
         training = bar.add_task("starting", total=settings["max_steps"])
         testing = bar.add_task("testing on held-out problems", total=None, visible=False)
         assert process.stdout is not None
@@ -194,6 +195,8 @@ def train(draft: Path, settings: dict[str, Any]) -> list[tuple[int, float]]:
                 step = min((len(losses) + 1) * settings["logging_steps"], settings["max_steps"])
                 losses.append((step, float(found["loss"])))
                 bar.update(training, completed=step, description=f"loss {losses[-1][1]:.3f}")
+                if not console.is_terminal and len(losses) % 10 == 0:
+                    console.print(f"step {step} of {settings['max_steps']}: loss {losses[-1][1]:.3f}")
             elif "train_runtime" in found:
                 bar.update(training, completed=settings["max_steps"])
                 bar.update(testing, visible=True)
@@ -235,7 +238,7 @@ def answer(model: SleepForCausalLM, tokenizer: PreTrainedTokenizerFast, task: Gs
     for first in range(0, len(ids), window):
         last = first + window >= len(ids)
         style, label = ("bold", "awake") if last else ("dim", "slept on, then gone")
-        console.print(f"[{style}]{label}: {tokenizer.decode(ids[first : first + window])}[/]", soft_wrap=True)
+        console.print(f"[{style}]{label}: {escape(tokenizer.decode(ids[first : first + window]))}[/]", soft_wrap=True)
     said = {
         n: tokenizer.decode(
             model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False, n_loops=n)[0, len(ids) :],
@@ -243,7 +246,7 @@ def answer(model: SleepForCausalLM, tokenizer: PreTrainedTokenizerFast, task: Gs
         )
         for n in (1, 3)
     }
-    console.print(f"the model says: {said[1]} (N = 1), {said[3]} (N = 3); right is {problem.answer}")
+    console.print(f"the model says: {said[1]} (N = 1), {said[3]} (N = 3); right is {problem.answer}", markup=False)
     return said[3]
 
 
@@ -317,7 +320,7 @@ def demo(draft: Path, scale: Scale) -> None:
     rows = {
         "parameters": f"{n_parameters:,} of the base, {inserted:,} inserted",
         "training": f"{settings['max_steps']} steps of {settings['per_device_train_batch_size']}, "
-        f"loss {first:.3f} at the start, {last:.3f} at the end",
+        f"loss {first:.3f} in the first {settings['logging_steps']}, {last:.3f} in the last",
     }
     for operations in report.difficulties:
         reached = [report.of(*setting)[operations] for setting in report.settings]
@@ -338,7 +341,7 @@ def demo(draft: Path, scale: Scale) -> None:
     }
     table = Table(show_header=False)
     for row in rows.items():
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     console.print(table)
     numbers = {
         "losses": losses,

@@ -59,6 +59,9 @@ class ModelArguments:
             "model_type, or the name of a model whose configuration to take. The task fills in vocab_size."
         },
     )
+    embedding_std: float | None = field(
+        default=None, metadata={"help": "Of a new architecture's embeddings at the start; by default the family's."}
+    )
     tokenizer: str | None = field(
         default=None, metadata={"help": "Name or path, by default the model's; 'words' for one made on the spot."}
     )
@@ -265,6 +268,8 @@ def build_model(arguments: ModelArguments, sleep: SleepArguments, vocab_size: in
         options["attn_implementation"] = arguments.attn_implementation
     if arguments.architecture is not None:
         model = AutoModelForCausalLM.from_config(_architecture(arguments.architecture, vocab_size), **options)
+        if arguments.embedding_std is not None:
+            torch.nn.init.normal_(model.get_input_embeddings().weight, std=arguments.embedding_std)
     else:
         config = AutoConfig.from_pretrained(
             arguments.model, revision=arguments.model_revision, **(arguments.model_config or {})

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -173,6 +174,7 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor | None = None,
         n_loops: int | None = None,
         num_items_in_batch: int | Tensor | None = None,
+        awake: Tensor | None = None,
         inputs_embeds: None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -192,6 +194,9 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
                 without labels and none with labels, since the loss needs only the supervised positions.
             n_loops: another N for this call.
             num_items_in_batch: what to divide the summed loss by (gradient accumulation).
+            awake: [B, T] bool, tokens to read awake although nothing is asked of them. When given, also with none set,
+                which layers are called depends on nothing but the windows slept on and read awake, as FSDP and ZeRO
+                need it.
             inputs_embeds, output_attentions, output_hidden_states: wrappers such as peft name them; they must be off,
                 since sleep replays ids, and hidden states of several passes have no place in one tuple.
 
@@ -226,7 +231,7 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
                     "set tokenizer.padding_side = 'left' or use_cache=False"
                 )
             cache = SleepCache()
-        options = self.options(n_loops)
+        options = replace(self.options(n_loops), uniform=awake is not None)
         cache.bind(self._owner(), input_ids.shape[0], options.window_size, input_ids.device)
 
         kept = tokens.columns(logits_to_keep, default_all=labels is None)
@@ -234,6 +239,8 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         wanted = tokens.aligned(kept)
         if targets is not None:
             wanted = wanted | (targets != IGNORE)
+        if awake is not None:
+            wanted = wanted | tokens.places(awake)
         wanted = wanted.cpu()
 
         blocks = self.blocks
@@ -244,7 +251,7 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if targets is not None:
             aims = targets[rows.to(targets.device), columns.to(targets.device)]
-            loss = _loss(blocks.logits, hidden, aims, num_items_in_batch)
+            loss = _loss(blocks.logits, hidden, aims, num_items_in_batch, whole=options.uniform)
         logits = None
         if kept.numel():
             scores = blocks.logits(hidden)
@@ -339,7 +346,13 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         return push(self, repo_id, fast_weights_only=fast_weights_only, **kwargs)
 
 
-def _loss(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, num_items: int | Tensor | None) -> Tensor:
+def _loss(
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    targets: Tensor,
+    num_items: int | Tensor | None,
+    whole: bool = False,
+) -> Tensor:
     """Cross entropy, in float32 at least, over the places that have a target.
 
     Logits of a few hundred places are as large as all the rest of a step, so they are made and dropped piece by piece.
@@ -347,7 +360,7 @@ def _loss(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, num
     chosen = targets != IGNORE
     if num_items is None:
         num_items = chosen.sum().clamp_min(1)
-    if hidden.shape[0] > _LOSS_PIECE:
+    if hidden.shape[0] > _LOSS_PIECE and not whole:
         pieces = zip(hidden.split(_LOSS_PIECE), targets.split(_LOSS_PIECE), strict=True)
         total = sum(recompute(_summed_loss, head, *piece, use_reentrant=False) for piece in pieces)
     else:

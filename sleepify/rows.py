@@ -68,6 +68,10 @@ class Rows:
         labels = labels.masked_fill(~self.real(), IGNORE)
         return torch.cat([labels[:, 1:], labels.new_full((labels.shape[0], 1), IGNORE)], 1)
 
+    def places(self, chosen: Tensor) -> Tensor:
+        """Which aligned places are chosen, and real: [B, T] bool."""
+        return (chosen if self.order is None else chosen.gather(1, self.order)) & self.real()
+
     def columns(self, keep: int | Tensor | None, default_all: bool) -> Tensor:
         """Original columns whose logits are returned."""
         every = torch.arange(self.ids.shape[1], device=self.ids.device)

@@ -63,11 +63,15 @@ class Options:
     backprop_windows: int | None = None
     check_finite: bool = False
     offload: bool = False
+    uniform: bool = False
 
     @property
     def shares_first_pass(self) -> bool:
-        """Whether a sleep may begin with the wake pass over its window instead of making the same pass again."""
-        return self.checkpoint != "window" and self.backprop_loops is None
+        """Whether a sleep may begin with the wake pass over its window instead of making the same pass again.
+
+        Not if calls must be ``uniform``: whether it can depends on which rows are together in a batch.
+        """
+        return not self.uniform and self.checkpoint != "window" and self.backprop_loops is None
 
     @property
     def retained(self) -> int:

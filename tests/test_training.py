@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from families import randomise, tiny_base, tokens, true_float64
-from tolerances import BFLOAT16, EXACT, EXACT_GRAD, assert_close
+from tolerances import BFLOAT16, DISTRIBUTED, EXACT_GRAD, assert_close
 from transformers import TrainerCallback
 
 from sleepify import FastWeightConfig, sleepify
@@ -248,10 +248,10 @@ def test_training_in_bfloat16_keeps_float32_weights_and_is_close(tmp_path):
 
 @pytest.mark.parametrize("keywords", [{"checkpoint": "loop"}, {"checkpoint": "window"}])
 def test_recomputing_activations_gives_the_same_run(tmp_path, keywords):
-    plain, recomputed = build(tmp_path), build(tmp_path, sleeping(**keywords))
+    plain, recomputed = (build(tmp_path, sleeping(**k), optimizer="adamw") for k in ({}, keywords))
     plain.train()
     recomputed.train()
-    assert_close(torch.tensor(losses(recomputed)), torch.tensor(losses(plain)), EXACT)
+    assert_close(torch.tensor(losses(recomputed)), torch.tensor(losses(plain)), DISTRIBUTED)
 
 
 def test_truncated_backpropagation_trains_and_is_another_gradient(tmp_path):

@@ -210,10 +210,11 @@ def write_results(runs: Runs, docs: Path) -> None:
 INTRODUCTION = """# Rule 110, small: does sleeping longer help?
 
 A string of 20 cells fills the window and is evicted; then its first cell after t = 1..10 steps is asked, in random
-order. Qwen3 of 2 layers from scratch with a Gated DeltaNet layer between them, both looped, {steps:,} steps at batch 128
-for every N, the same rows in the same order; then N = 1 again for as many steps as take the processor time of N = 4. Exact match on {rows:,} held-out rows; seeds (runs per row
-of the table: {seeds}) change the weights' start and the rows. Settings: `recipes/configs/rule110_small.yaml`. Made by
-`python benchmarks/learning.py` (torch {torch}, {machine}, {threads} thread per run).
+order. Qwen3 of 2 layers from scratch with a Gated DeltaNet layer between them, both looped; {steps:,} steps at batch
+128 for every N, the same rows in the same order; then N = 1 again for as many steps as take the processor time of
+N = 4. Exact match on {rows:,} held-out rows; seeds (runs per row of the table: {seeds}) change the weights' start and
+the rows. Settings: `recipes/configs/rule110_small.yaml`. Made by `python benchmarks/learning.py` (torch {torch},
+{machine}, {threads} thread per run).
 
 ![accuracy by t](rule110_small.png)
 

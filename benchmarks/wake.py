@@ -1,129 +1,228 @@
-"""What a wake token costs and what a session weighs, against loops and text consumed (contract 9 and 10).
+"""What inference costs: a wake token, a sleep, a long prompt, and what a session weighs (contract 9 and 10).
 
-    python -m benchmarks.wake [--repeats 400] [--output docs/results/wake.md]
+    python -m benchmarks.wake [--repeats 200] [--output docs/results/wake.md]
 
-All settings are timed in turn within one run, a single token each time, so that whatever else the machine does hits
-them alike; figures are medians and ratios of medians. The base decodes the same text with its growing cache beside.
+All settings are timed in turn within one run, so that whatever else the machine does hits them alike; figures are
+medians, ratios are taken within every round. The base decodes the same text with its growing cache beside.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from statistics import median, quantiles
+from typing import Any
 
 import torch
-from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from benchmarks.report import machine, write_table
-from sleepify import SleepCache, sleepify
-
-WINDOW = 64
-LOOPS = (1, 2, 6)
-WINDOWS = (1, 8, 64)
+from benchmarks.models import wake_up
+from benchmarks.report import RESULTS, Claim, Part, Spread, alternate, ratio, write_page
+from sleepify import SleepCache, SleepForCausalLM, sleepify
 
 
-def small_base() -> Qwen3ForCausalLM:
+@dataclass(frozen=True)
+class Inference:
+    """What is measured.
+
+    Attributes:
+        model: it sleeps.
+        ids: [1, T], a text longer than the most windows that are read.
+        window: L.
+        n_windows: after how many windows a token is timed.
+        n_loops: every N of which a token is timed.
+        sleeps: every N of which a sleep and a prompt are timed.
+        prompt: windows of the prompt.
+        device: "cpu" or "cuda".
+    """
+
+    model: SleepForCausalLM
+    ids: Tensor
+    window: int
+    n_windows: Sequence[int]
+    n_loops: Sequence[int]
+    sleeps: Sequence[int]
+    prompt: int
+    device: str = "cpu"
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The model without sleep."""
+        return self.model.unload()
+
+
+def small_qwen(tiny: bool, window: int, longest: int) -> SleepForCausalLM:
     """A Qwen3 of 8 layers and 256 channels: large enough that arithmetic, not Python, is most of a token."""
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=4096,
-        hidden_size=256,
-        intermediate_size=768,
+        hidden_size=32 if tiny else 256,
+        intermediate_size=96 if tiny else 768,
         num_hidden_layers=8,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=WINDOW * (max(WINDOWS) + 2),
+        head_dim=8 if tiny else 64,
+        max_position_embeddings=window * (longest + 2),
     )
-    return Qwen3ForCausalLM(config).eval()
+    return wake_up(sleepify(Qwen3ForCausalLM(config), window_size=window)).eval()
 
 
 @torch.no_grad()
-def measure(repeats: int) -> tuple[list[list[str]], list[list[str]]]:
-    """Rows of the two tables: latency, and bytes."""
-    base = small_base()
-    model = sleepify(base, window_size=WINDOW).eval()
-    for layer in model.fast_weights:
-        torch.nn.init.normal_(layer.o_proj.weight, std=0.02)
-    longest = WINDOW * max(WINDOWS) + WINDOW // 2
-    text = torch.randint(0, 4096, (1, longest + 1), generator=torch.Generator().manual_seed(1))
-
+def measure_tokens(what: Inference, repeats: int, seconds: float | None = None) -> list[Part]:
+    """Latency of a wake token, and bytes of a session, against loops and windows read; half a window is open."""
+    half, most = what.window // 2, max(what.n_windows)
     sessions: dict[tuple[int, int], SleepCache] = {}
-    for n_loops in LOOPS:
-        for windows in WINDOWS:
-            cache = SleepCache()
-            model(text[:, : windows * WINDOW + WINDOW // 2], past_key_values=cache, n_loops=n_loops, logits_to_keep=1)
-            sessions[n_loops, windows] = cache
-    grown = {}
-    for windows in WINDOWS:
-        grown[windows] = DynamicCache(config=base.config)
-        base(text[:, : windows * WINDOW + WINDOW // 2], past_key_values=grown[windows], logits_to_keep=1)
+    for n_loops in what.n_loops:
+        cache, read = SleepCache(), 0
+        for windows in what.n_windows:
+            upto = windows * what.window + half
+            what.model(what.ids[:, read:upto], past_key_values=cache, n_loops=n_loops, logits_to_keep=1)
+            sessions[n_loops, windows], read = cache.clone(), upto
+    grown: dict[int, DynamicCache] = {}
+    kept = DynamicCache(config=what.base.config)
+    for start in range(0, most * what.window + half, what.window):
+        if start // what.window in what.n_windows:
+            grown[start // what.window] = copy.deepcopy(kept)
+            what.base(what.ids[:, start : start + half], past_key_values=grown[start // what.window], logits_to_keep=1)
+        what.base(what.ids[:, start : start + what.window], past_key_values=kept, logits_to_keep=1)
+    del kept
+    token = what.ids[:, :1]
 
-    times: dict[object, list[float]] = {}
-    token = text[:, :1]
-    for repeat in range(repeats + 20):
-        for key, cache in sessions.items():
-            session = cache.clone()
-            begin = time.perf_counter()
-            model(token, past_key_values=session, n_loops=key[0], logits_to_keep=1)
-            if repeat >= 20:
-                times.setdefault(key, []).append(time.perf_counter() - begin)
-        for windows, cache in grown.items():
-            begin = time.perf_counter()
-            base(token, past_key_values=cache, logits_to_keep=1)
-            if repeat >= 20:
-                times.setdefault(("base", windows), []).append(time.perf_counter() - begin)
-            cache.crop(-1)
+    def slept(key: tuple[int, int]) -> None:
+        what.model(token, past_key_values=sessions[key].clone(), n_loops=key[0], logits_to_keep=1)
 
-    reference = median(times[1, 1])
-    latency = []
-    for label, key in [*((f"N = {n}", n) for n in LOOPS), ("base, all keys kept", "base")]:
-        row = [label]
-        for windows in WINDOWS:
-            sample = times[key, windows]
-            low, _, high = quantiles(sample, n=4)
-            row.append(
-                f"{median(sample) * 1e3:.2f} ms ({low * 1e3:.2f}-{high * 1e3:.2f}), x{median(sample) / reference:.3f}"
-            )
-        latency.append(row)
+    def unslept(windows: int) -> None:
+        what.base(token, past_key_values=grown[windows], logits_to_keep=1)
+        grown[windows].crop(-1)
 
-    memory = []
-    fresh = SleepCache()
-    model(text[:, :1], past_key_values=fresh)
-    for windows in (0, *WINDOWS):
-        cache = sessions[LOOPS[-1], windows] if windows else fresh
-        kept = grown[windows].layers if windows else []
-        base_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in kept)
-        memory.append(
-            [str(windows), f"{cache.state_bytes:,}", f"{cache.kv_bytes:,}", f"{base_bytes:,}" if windows else "-"]
-        )
-    return latency, memory
+    actions: dict[Any, Callable[[], None]] = {key: partial(slept, key) for key in sessions}
+    actions |= {("base", windows): partial(unslept, windows) for windows in grown}
+    times = alternate(actions, repeats, warmup=min(repeats, 20), device=what.device, seconds=seconds)
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=400, help="timed tokens per setting")
-    parser.add_argument("--output", type=Path, default=Path("docs/results/wake.md"), help="where the table goes")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    latency, memory = measure(arguments.repeats)
-    after = [f"after {windows} windows" if windows > 1 else "after 1 window" for windows in WINDOWS]
-    write_table(
-        arguments.output,
-        title="A wake token, and what a session weighs",
-        command="make bench",
-        intro=f"{machine()}. Qwen3 of 8 layers, 256 channels, 2 inserted Gated DeltaNet layers, window {WINDOW} "
-        "tokens, hard eviction, half a window open, batch 1, one thread, float32; "
-        f"{arguments.repeats} tokens per setting, in turn in one run. Median (quartiles), and ratio to N = 1 after 1 "
-        "window. Sleep itself is not in these figures: it happens once per window, before the token that follows.",
-        tables=[
-            (["one wake token", *after], latency),
-            (["windows read", "state, bytes", "keys and values, bytes", "base's keys and values, bytes"], memory),
-        ],
+    first = (what.n_loops[0], what.n_windows[0])
+    latency = Part(
+        "One wake token",
+        f"Window {what.window:,} tokens, half of one open, batch 1; {len(times[first])} tokens per setting. "
+        f"Milliseconds, and ratio to N = {first[0]} after {first[1]} window. Sleep is not in these figures: it happens "
+        "once per window, before the token that follows.",
+        ["", *(f"after {n} window{'s' * (n > 1)}" for n in what.n_windows)],
     )
-    print(arguments.output.read_text())
+    for label, name in [*((f"N = {n}", n) for n in what.n_loops), ("base, all keys kept", "base")]:
+        row = [label]
+        for windows in what.n_windows:
+            spread, compared = Spread.of(times[name, windows]), ratio(times, (name, windows), first)
+            row.append(f"{spread.text(1e3)} ms, x{compared.median:.3f}")
+            latency.figures[f"{label}, {windows} windows"] = {"seconds": spread, "ratio": compared}
+        latency.rows.append(row)
+    low, high = what.n_loops[0], what.n_loops[-1]
+    for windows in (what.n_windows[0], most):
+        value = ratio(times, (high, windows), (low, windows)).median
+        latency.claims.append(Claim(f"wake token, N = {high} / N = {low}, {windows} windows read", value, at_most=1.03))
+    for n_loops in (low, high):
+        value = ratio(times, (n_loops, most), (n_loops, first[1])).median
+        what_is = f"wake token, {most} windows / {first[1]} window read, N = {n_loops}"
+        latency.claims.append(Claim(what_is, value, at_most=1.03))
+
+    weight = Part(
+        "What a session weighs",
+        f"Bytes, half a window open, N = {high}.",
+        ["windows read", "state", "keys and values", "base's keys and values"],
+    )
+    for windows in what.n_windows:
+        cache = sessions[high, windows]
+        base_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in grown[windows].layers)
+        weight.rows.append([f"{windows:,}", *(f"{n:,}" for n in (cache.state_bytes, cache.kv_bytes, base_bytes))])
+        weight.figures[str(windows)] = {"state": cache.state_bytes, "kv": cache.kv_bytes, "base": base_bytes}
+    return [latency, weight]
+
+
+@torch.no_grad()
+def measure_sleep(what: Inference, repeats: int, seconds: float | None = None) -> Part:
+    """The pause that a sleep makes, beside one wake pass over the same window."""
+    before = SleepCache()
+    what.model(what.ids[:, : what.window + 1], past_key_values=before, n_loops=1, logits_to_keep=1)
+    what.model.sleep(before, n_loops=1)
+    full = before.clone()
+    window = what.ids[:, what.window : 2 * what.window]
+    what.model(window, past_key_values=full, n_loops=1, logits_to_keep=1)
+
+    def wake() -> None:
+        what.model(window, past_key_values=before.clone(), n_loops=1, logits_to_keep=1)
+
+    def sleep(n_loops: int) -> None:
+        what.model.sleep(full.clone(), n_loops=n_loops)
+
+    actions: dict[Any, Callable[[], None]] = {"wake": wake} | {n: partial(sleep, n) for n in what.sleeps}
+    times = alternate(actions, repeats, device=what.device, seconds=seconds)
+    part = Part(
+        "The pause of a sleep",
+        f"One window of {what.window:,} tokens, batch 1, and one wake pass over the same window beside. A sleep is N "
+        "passes, of which the last ends at the last layer that writes.",
+        ["", "milliseconds", "over N wake passes"],
+    )
+    part.rows.append(["wake pass", Spread.of(times["wake"]).text(1e3), ""])
+    for n_loops in what.sleeps:
+        spread, compared = Spread.of(times[n_loops]), ratio(times, n_loops, "wake", over=n_loops)
+        part.rows.append([f"sleep, N = {n_loops}", spread.text(1e3), compared.text()])
+        part.figures[f"N = {n_loops}"] = {"seconds": spread, "over wake passes": compared}
+    return part
+
+
+@torch.no_grad()
+def measure_prompt(what: Inference, repeats: int, seconds: float | None = None) -> Part:
+    """Reading a long prompt, beside the base that keeps all keys."""
+    tokens = what.prompt * what.window + what.window // 2
+    prompt = what.ids[:, :tokens]
+
+    def slept(n_loops: int) -> None:
+        what.model(prompt, past_key_values=SleepCache(), n_loops=n_loops, logits_to_keep=1)
+
+    def unslept() -> None:
+        what.base(prompt, past_key_values=DynamicCache(config=what.base.config), logits_to_keep=1)
+
+    actions: dict[Any, Callable[[], None]] = {"base": unslept} | {n: partial(slept, n) for n in what.sleeps}
+    times = alternate(actions, repeats, device=what.device, seconds=seconds)
+    part = Part(
+        "A long prompt",
+        f"{tokens:,} tokens, {what.prompt} windows and a half, batch 1, until the first new token can be chosen.",
+        ["", "tokens per second", "time over the base's"],
+    )
+    for label, key in [("base, full attention", "base"), *((f"N = {n}", n) for n in what.sleeps)]:
+        rates = Spread.of([tokens / t for t in times[key]])
+        compared = ratio(times, key, "base")
+        part.rows.append([label, rates.text(digits=0), compared.text()])
+        part.figures[label] = {"tokens per second": rates, "time over the base's": compared}
+    return part
+
+
+def main(argv: list[str] | None = None) -> list[Part]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=200, help="timed tokens per setting")
+    parser.add_argument("--output", type=Path, default=RESULTS / "wake.md", help="where the page goes")
+    parser.add_argument("--tiny", action="store_true", help="to try the script; its figures mean nothing")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    window, n_windows, n_loops = (4, (1, 4), (1, 6)) if arguments.tiny else (64, (1, 8, 32, 128), (1, 2, 6))
+    most = max(n_windows)
+    model = small_qwen(arguments.tiny, window, most)
+    ids = torch.randint(0, 4096, (1, (most + 1) * window), generator=torch.Generator().manual_seed(1))
+    sleeps = (1, 2, 4, 6)
+    what = Inference(model, ids, window, n_windows, n_loops, sleeps, prompt=2 if arguments.tiny else 32)
+    few = -(-arguments.repeats // 40)
+    parts = measure_tokens(what, arguments.repeats)
+    parts += [measure_sleep(what, 4 * few), measure_prompt(what, few)]
+    intro = (
+        "Qwen3 of 8 layers and 256 channels with 2 inserted Gated DeltaNet layers, hard eviction, one thread, float32, "
+        "processor time, all settings in turn in one run. Median (quartiles)."
+    )
+    command = "python -m benchmarks.wake"
+    write_page(arguments.output, title="Waking and sleeping", command=command, intro=intro, parts=parts)
+    print(arguments.output.read_text(encoding="utf-8"))
+    return parts
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ from sleepify.memory import Memory
 
 SUPERVISED = 8
 """Tokens of a text that carry a label: its last."""
+Batch = tuple[Tensor, Tensor]
+"""Ids [B, T] and labels [B, T]."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def wake_up(model: SleepForCausalLM) -> SleepForCausalLM:
     return model
 
 
-def text(model: SleepForCausalLM, tokens: int, batch_size: int = 1) -> tuple[Tensor, Tensor]:
+def text(model: SleepForCausalLM, tokens: int, batch_size: int = 1) -> Batch:
     """Random ids [B, T], and labels on the last tokens."""
     device = model.get_input_embeddings().weight.device
     generator = torch.Generator().manual_seed(1)
@@ -104,7 +106,7 @@ def ideal(tokens: int, window: int, n_loops: int, looped: float) -> float:
 
 
 def windowed_step(
-    model: SleepForCausalLM, tokens: int, window: int, n_loops: int, setting: Setting, eviction: str = "hard"
+    model: SleepForCausalLM, batch: Batch, window: int, n_loops: int, setting: Setting, eviction: str = "hard"
 ) -> None:
     """Forward and backward of a text read window by window, slept on between."""
     config = model.config
@@ -114,42 +116,40 @@ def windowed_step(
     else:
         model.gradient_checkpointing_enable()
     model.zero_grad(set_to_none=True)
-    ids, labels = text(model, tokens, setting.batch_size)
+    ids, labels = batch
     model(ids, labels=labels, n_loops=n_loops).loss.backward()
 
 
-def parallel_step(model: SleepForCausalLM, tokens: int, window: int, setting: Setting, attention: str) -> None:
+def parallel_step(model: SleepForCausalLM, batch: Batch, window: int, setting: Setting, attention: str) -> None:
     """Forward and backward of the parallel hybrid.
 
     Args:
         model: gives base and inserted layers; it does not sleep here.
-        tokens: T.
+        batch: ids and labels.
         window: L.
         setting: of the step.
         attention: "blocks" or one of transformers' implementations with a window ("flash_attention_2").
     """
     model.zero_grad(set_to_none=True)
-    ids, labels = text(model, tokens, setting.batch_size)
-    parallel_loss(model, ids, labels, window, attention, setting.checkpoint != "none").backward()
+    with attending(model, attention, window):  # the backward pass, too, where layers are run again
+        parallel_loss(model, batch, window, setting.checkpoint != "none").backward()
 
 
-def parallel_loss(
-    model: SleepForCausalLM, ids: Tensor, labels: Tensor, window: int, attention: str, recompute: bool = False
-) -> Tensor:
-    """The parallel hybrid's loss for ids and labels as from `text`; with ``recompute`` of every layer's activations."""
+def parallel_loss(model: SleepForCausalLM, batch: Batch, window: int, recompute: bool = False) -> Tensor:
+    """The parallel hybrid's loss, by the attention that is set; ``recompute`` drops the activations of every layer."""
+    ids, labels = batch
     own = model.blocks
     host = type(own)(model.language_model, own.inserted, own.loop_range, window)
     batch_size, tokens = ids.shape
     empty = Memory(batch_size)
-    with attending(model, attention, window):
-        hidden, frame = host.open(ids, [tokens] * batch_size, [0] * batch_size, empty, keep_keys=False)
-        for index in range(host.n_layers):
-            if recompute:
-                hidden = checkpoint(_one_layer, host, hidden, empty, frame, index, use_reentrant=False)
-            else:
-                hidden = _one_layer(host, hidden, empty, frame, index)
-        scores = host.logits(hidden[:, -SUPERVISED - 1 : -1].flatten(0, 1))
-        return F.cross_entropy(scores.float(), labels[:, -SUPERVISED:].flatten())
+    hidden, frame = host.open(ids, [tokens] * batch_size, [0] * batch_size, empty, keep_keys=False)
+    for index in range(host.n_layers):
+        if recompute:
+            hidden = checkpoint(_one_layer, host, hidden, empty, frame, index, use_reentrant=False)
+        else:
+            hidden = _one_layer(host, hidden, empty, frame, index)
+    scores = host.logits(hidden[:, -SUPERVISED - 1 : -1].flatten(0, 1))
+    return F.cross_entropy(scores.float(), labels[:, -SUPERVISED:].flatten())
 
 
 def _one_layer(host: Any, hidden: Tensor, memory: Memory, frame: Any, index: int) -> Tensor:
@@ -216,12 +216,17 @@ def _attend_to_half(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **_
 def count_flops(model: SleepForCausalLM, tokens: int, window: int, n_loops: int) -> int:
     """Floating-point operations of a training step of one row, counted while it runs on the meta device.
 
-    Matrix products only, recomputation not included, of attention the causal half.
+    Matrix products only, recomputation not included, of attention the causal half. Every window after the first takes
+    the same, so that no more than two are run.
 
     Args:
         model: with weights on the meta device.
         tokens, window, n_loops: as in `windowed_step`.
     """
+    windows = (tokens - 1) // window
+    if windows > 2:
+        one, two = (count_flops(model, tokens - (windows - n) * window, window, n_loops) for n in (1, 2))
+        return one + (windows - 1) * (two - one)
     model.config.window_size = window
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
     wanted = torch.zeros(1, tokens, dtype=torch.bool)

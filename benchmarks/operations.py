@@ -52,8 +52,7 @@ class Case:
     """One operation on one shape: inputs, and by name whoever computes it.
 
     Attributes:
-        forward_only: those whose backward pass is not timed (the reference of a long text keeps a state per token).
-        once: those that are timed in few rounds, since they take long.
+        slow: contenders of whom only the forward pass is timed, in few rounds (the reference keeps a state per token).
     """
 
     shape: Shape
@@ -89,9 +88,9 @@ def dynamic_case(shape: Shape, device: str, dtype: torch.dtype) -> Case:
     state = draw(1, channels, WIDTH) if shape.state else None
     inputs = [draw(1, shape.tokens, channels), draw(1, shape.tokens, channels, WIDTH), state]
     contenders: dict[str, Function] = {
-        "ours": ops.dynamic_conv,
+        "ours": _output_of(ops.dynamic_conv),
         "unfold, multiply, sum": _unfolded_dynamic,
-        "reference": ops.dynamic_conv_reference,
+        "reference": _output_of(ops.dynamic_conv_reference),
     }
     return Case(shape, _require_grad(inputs), contenders, ("reference",) if shape.tokens > 256 else ())
 
@@ -103,9 +102,9 @@ def short_case(shape: Shape, device: str, dtype: torch.dtype) -> Case:
     state = draw(1, channels, WIDTH) if shape.state else None
     inputs = [draw(1, shape.tokens, channels), draw(channels, WIDTH), None, state]
     contenders: dict[str, Function] = {
-        "ours": ops.short_conv,
+        "ours": _output_of(ops.short_conv),
         "F.conv1d, as in transformers": _grouped_conv,
-        "reference": ops.short_conv_reference,
+        "reference": _output_of(ops.short_conv_reference),
     }
     kernel = _find("causal_conv1d", "causal_conv1d_fn") if device == "cuda" else None
     if kernel is not None:
@@ -122,14 +121,17 @@ def _transformers_delta(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor
     )
 
 
-def _fla_delta(
-    kernel: Function, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None
-) -> Any:
+def _fla_delta(kernel: Function, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None) -> Any:
     scale = q.shape[-1] ** -0.5
     return kernel(
         q, k, v, g=g, beta=beta, scale=scale, initial_state=state, output_final_state=True,
         use_qk_l2norm_in_kernel=True,
     )  # fmt: skip
+
+
+def _output_of(function: Function) -> Function:
+    """Without the state, which the others do not make."""
+    return lambda *inputs: function(*inputs)[0]
 
 
 def _unfolded_dynamic(x: Tensor, kernels: Tensor, state: Tensor | None) -> Tensor:
@@ -191,8 +193,7 @@ def forward_backward(function: Function, inputs: list[Tensor | None]) -> None:
     """Forward, and the gradient of every input from output and final state."""
     output = function(*inputs)
     parts = output if isinstance(output, tuple) else (output,)
-    wanted = [x for x in inputs if x is not None]
-    torch.autograd.grad([part.sum() for part in parts if part is not None], wanted, allow_unused=True)
+    torch.autograd.grad([part.sum() for part in parts], [x for x in inputs if x is not None])
 
 
 def measure(title: str, cases: list[Case], repeats: int, device: str, seconds: float | None = None) -> Part:
@@ -262,8 +263,8 @@ def main(argv: list[str] | None = None) -> list[Part]:
     parts = measure_all("cpu", torch.float32, arguments.repeats, arguments.tiny)
     intro = (
         "Batch 1, one thread, float32, processor time, the contenders in turn in one run. Median (quartiles). "
-        "transformers' fallback is what its own hybrids run on a CPU; the reference goes token by token. All agree with "
-        "ours, or the run stops."
+        "transformers' fallback is what its own hybrids run on a CPU; the reference goes token by token. All agree "
+        "with ours, or the run stops."
     )
     command = "python -m benchmarks.operations"
     write_page(arguments.output, title="Operations", command=command, intro=intro, parts=parts)

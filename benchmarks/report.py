@@ -1,7 +1,8 @@
 """Timing in turn, ratios with their spread, and pages of tables for docs/results, written beside and renamed.
 
-Everything that is compared runs in one process, one call each per round, each round beginning one further: whatever else
-the machine does hits all alike. A figure is the median over rounds, with quartiles; a ratio is taken within every round.
+Everything that is compared runs in one process, one call each per round, each round beginning one further: whatever
+else the machine does hits all alike. A figure is the median over rounds, with quartiles; a ratio is taken within every
+round.
 """
 
 from __future__ import annotations

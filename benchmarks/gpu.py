@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from benchmarks import memory, operations, train, wake
 from benchmarks.full_size import build
@@ -92,7 +92,7 @@ def measure_training(plan: Plan, rate: float) -> list[Part]:
     attention = "flash_attention_2" if plan.device == "cuda" and is_flash_attn_2_available() else "blocks"
     counted = plan.ouro("meta")
     steps = train.Steps(plan.ouro(), counted, tokens, windows, n_loops, attention, plan.device)
-    settings = {}
+    settings: dict[train.Key, Setting] = {}
     for window in windows:
         for kind in ("hard", "sliding", "parallel"):
             tuned = tune(partial(steps.action, (kind, window, 1)), plan)
@@ -124,8 +124,8 @@ def utilisation(steps: train.Steps, times: dict[train.Key, list[float]], rate: f
     """Tokens per second, and operations of the model (recomputation does not count) over the matrix rate."""
     part = Part(
         "Throughput and utilisation",
-        "Utilisation: operations of the model's matrix products, of attention the causal half, recomputation not "
-        "counted, per second, over the matrix rate above.",
+        "Utilisation: operations of the model's matrix products (three times the forward pass, of attention the causal "
+        "half, recomputation not counted) per second, over the matrix rate above.",
         ["L", "N", "tokens per second", "TFLOP/s", "utilisation"],
     )
     middle = steps.windows[-2]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -72,16 +72,19 @@ def small_ouro(tiny: bool = False, n_layers: int = 4, **sleep: Any) -> SleepForC
 def wake_up(model: SleepForCausalLM) -> SleepForCausalLM:
     """Give the inserted layers an output, which they do not have until they are trained."""
     for layer in model.fast_weights:
-        if layer.o_proj.weight.device.type != "meta":
-            torch.nn.init.normal_(layer.o_proj.weight, std=0.02)
+        weight: Any = layer.o_proj.weight
+        if weight.device.type != "meta":
+            torch.nn.init.normal_(weight, std=0.02)
     return model
 
 
 def text(model: SleepForCausalLM, tokens: int, batch_size: int = 1) -> Batch:
     """Random ids [B, T], and labels on the last tokens."""
-    device = model.get_input_embeddings().weight.device
+    embeddings: Any = model.get_input_embeddings()
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, model.config.text_config.vocab_size, (batch_size, tokens), generator=generator).to(device)
+    ids = torch.randint(0, model.config.text_config.vocab_size, (batch_size, tokens), generator=generator).to(
+        embeddings.weight.device
+    )
     labels = torch.full_like(ids, -100)
     labels[:, -SUPERVISED:] = ids[:, -SUPERVISED:]
     return ids, labels
@@ -214,20 +217,25 @@ def _attend_to_half(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **_
 
 
 def count_flops(model: SleepForCausalLM, tokens: int, window: int, n_loops: int) -> int:
-    """Floating-point operations of a training step of one row, counted while it runs on the meta device.
-
-    Matrix products only, recomputation not included, of attention the causal half. Every window after the first takes
-    the same, so that no more than two are run.
+    """Floating-point operations of a training step of one row: three times those of its forward pass, recomputation not
+    included.
 
     Args:
         model: with weights on the meta device.
         tokens, window, n_loops: as in `windowed_step`.
     """
     windows = (tokens - 1) // window
-    if windows > 2:
-        one, two = (count_flops(model, tokens - (windows - n) * window, window, n_loops) for n in (1, 2))
-        return one + (windows - 1) * (two - one)
-    model.config.window_size = window
+    rest = tokens - windows * window
+    awake = _count_forward(model, rest, window, 1)
+    # Every window takes the same, and so does every pass between the first and the last.
+    once, twice = (_count_forward(model, window + rest, window, n) - awake for n in (1, 2))
+    return 3 * (awake + windows * (once + (n_loops - 1) * (twice - once)))
+
+
+@lru_cache
+@torch.no_grad()
+def _count_forward(model: SleepForCausalLM, tokens: int, window: int, n_loops: int) -> int:
+    """Matrix products of a forward pass, counted while it runs on the meta device; of attention the causal half."""
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
     wanted = torch.zeros(1, tokens, dtype=torch.bool)
     wanted[:, -SUPERVISED - 1 : -1] = True
@@ -236,6 +244,5 @@ def count_flops(model: SleepForCausalLM, tokens: int, window: int, n_loops: int)
     cache.bind("counted", 1, window, ids.device)
     with attending(model, "half", window), FlopCounterMode(display=False) as counter:
         readings = algorithm.read(model.blocks, cache, ids, [tokens], wanted, options, keep=False)
-        scores = model.blocks.logits(torch.cat([reading.hidden_states for reading in readings]))
-        scores.float().logsumexp(-1).sum().backward()
+        model.blocks.logits(torch.cat([reading.hidden_states for reading in readings]))
     return int(counter.get_total_flops())

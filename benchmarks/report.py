@@ -23,7 +23,6 @@ import transformers
 
 import sleepify
 
-Times = dict[Hashable, list[float]]
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 
 
@@ -76,7 +75,7 @@ def alternate(
     warmup: int = 1,
     device: str = "cpu",
     seconds: float | None = None,
-) -> Times:
+) -> dict[Any, list[float]]:
     """Seconds of every action in every round.
 
     On a CPU these are seconds of processor time of this process, which another program's share of the machine does not
@@ -90,7 +89,7 @@ def alternate(
         seconds: begin no further round after so long, once there are three.
     """
     keys = list(actions)
-    times: Times = {key: [] for key in keys}
+    times: dict[Any, list[float]] = {key: [] for key in keys}
     begin = time.perf_counter()
     for turn in range(warmup + repeats):
         if seconds is not None and turn >= warmup + 3 and time.perf_counter() - begin > seconds:
@@ -116,7 +115,7 @@ def stopwatch(action: Callable[[], object], device: str) -> float:
     return time.perf_counter() - begin
 
 
-def ratio(times: Times, above: Hashable, below: Hashable, over: float = 1.0) -> Spread:
+def ratio(times: Mapping[Any, list[float]], above: Hashable, below: Hashable, over: float = 1.0) -> Spread:
     """Of two actions, within every round; divided by ``over``."""
     return Spread.of([a / b / over for a, b in zip(times[above], times[below], strict=True)])
 

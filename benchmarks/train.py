@@ -130,13 +130,12 @@ def tabulate(steps: Steps, times: dict[Key, list[float]], title: str, intro: str
 INTRO = """A step is forward and backward of one row of T tokens without the optimiser. The last 8 tokens are
 supervised, so that the windows before are only slept on. *Ideal*: `Wc (1 + (N-1) f) + r` passes over a window, for Wc
 full windows, a rest of r windows that is read once, and a fraction f of the layers that is looped. *Time / ideal*: step
-time over that of N = 1 in the same round, divided by ideal(N) / ideal(1). *Arithmetic / ideal*: the same of the
-operations counted while a step runs on the meta device; it is a little above 1 because nothing reads what the last layer
-of a sleep's last pass puts out, so that part of its backward pass is not run, which at N = 1 is so in every pass.
-*Parallel hybrid*: the same base and inserted layers over all T tokens in one call, each token attending to the latest L
-positions, no loops. Its attention is computed in blocks of L queries against 2 L keys (exact), since a mask over all T
-would make it slower than anybody's. *Time / parallel*: over its time, divided by ideal(N) / ideal(1). Median over
-rounds (quartiles)."""
+time over that of N = 1 in the same round, divided by ideal(N) / ideal(1). *Arithmetic / ideal*: the same of the matrix
+products that are counted while the forward pass runs on the meta device; it departs from 1 where a sleep's last pass
+ends before the last layer, because nothing after the last layer that writes is run. *Parallel hybrid*: the same base
+and inserted layers over all T tokens in one call, each token attending to the latest L positions, no loops. Its
+attention is computed in blocks of L queries against 2 L keys (exact), since a mask over all T would make it slower than
+anybody's. *Time / parallel*: over its time, divided by ideal(N) / ideal(1). Median over rounds (quartiles)."""
 
 
 def main(argv: list[str] | None = None) -> list[Part]:

@@ -71,6 +71,10 @@ def small_qwen(tiny: bool, window: int, longest: int) -> SleepForCausalLM:
     return wake_up(sleepify(Qwen3ForCausalLM(config), window_size=window)).eval()
 
 
+def _keys_and_values(layer: Any) -> tuple[Tensor, Tensor]:
+    return layer.keys, layer.values
+
+
 @torch.no_grad()
 def measure_tokens(what: Inference, repeats: int, seconds: float | None = None) -> list[Part]:
     """Latency of a wake token, and bytes of a session, against loops and windows read; half a window is open."""
@@ -134,7 +138,7 @@ def measure_tokens(what: Inference, repeats: int, seconds: float | None = None) 
     )
     for windows in what.n_windows:
         cache = sessions[high, windows]
-        base_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in grown[windows].layers)
+        base_bytes = sum(x.nbytes for layer in grown[windows].layers for x in _keys_and_values(layer))
         weight.rows.append([f"{windows:,}", *(f"{n:,}" for n in (cache.state_bytes, cache.kv_bytes, base_bytes))])
         weight.figures[str(windows)] = {"state": cache.state_bytes, "kv": cache.kv_bytes, "base": base_bytes}
     return [latency, weight]

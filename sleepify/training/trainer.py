@@ -27,6 +27,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from sleepify.cache import SleepCache
+from sleepify.config import SleepConfig
 from sleepify.errors import SleepifyError
 from sleepify.modeling import SleepForCausalLM
 from sleepify.training.arguments import SleepTrainingArguments
@@ -48,7 +49,7 @@ def loops_of_step(schedule: Sequence[int], seed: int, step: int) -> int:
 
 
 class SleepTrainer(Trainer):
-    """Trains a `SleepForCausalLM` (or a peft model around one).
+    """Trains a `SleepForCausalLM` (or a peft model around one), or a plain model that it is compared with.
 
     Args:
         model: the model.
@@ -91,6 +92,9 @@ class SleepTrainer(Trainer):
         self._loops_since_log: list[int] = []
         self._state_norms: dict[str, float] = {}
         self._config: Any = model.config
+        self._sleeps = isinstance(
+            model.config, SleepConfig
+        )  # a plain model, of a baseline, has no windows and no state
         self._run = describe_run(model, args, self.train_dataset)
         self._progress: dict[str, Any] = {}
         self.add_callback(_RestoreProgress(self))
@@ -139,15 +143,16 @@ class SleepTrainer(Trainer):
     ) -> Any:
         """The Trainer's, with N of this step."""
         inputs = dict(inputs)
-        if model.training and self.args.loops_schedule is not None:
+        if model.training and self._sleeps and self.args.loops_schedule is not None:
             inputs["n_loops"] = loops_of_step(self.args.loops_schedule, self.args.seed, self.state.global_step)
         if model.training:
             self._loops_since_log.append(inputs.get("n_loops") or self._run["n_loops"] or 1)
-        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self.args.world_size > 1 and "labels" in inputs:
+        sharded = (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self.args.world_size > 1
+        if self._sleeps and sharded and "labels" in inputs:
             config = self._config
             inputs = equalise(inputs, config.window_size, config.backprop_windows is not None)
         cache = None
-        if model.training and self._logs_after_this_step():
+        if model.training and self._sleeps and self._logs_after_this_step():
             cache = SleepCache()
             inputs = _left_padded(inputs) | {"past_key_values": cache, "use_cache": False}
         loss: Any = super().compute_loss(model, inputs, False, num_items_in_batch)

@@ -25,7 +25,7 @@ help:
 	@echo "make test-gpu   the tests that need a CUDA device"
 	@echo "make check      formatting, lint, types and the house rules; changes nothing"
 	@echo "make style      format and fix what can be fixed"
-	@echo "make bench      speed and memory of waking and sleeping"
+	@echo "make bench      speed and memory, into docs/results (ARGS='train wake' for some pages; minutes)"
 	@echo "make docs       the documentation as web pages, in site/"
 	@echo "make clean      remove what was built, .venv too"
 	@echo "They run in .venv, made on first use; PYTHON=python uses the environment that is active instead."
@@ -53,8 +53,11 @@ style: $(call READY,dev)
 	@$(PYTHON) -m ruff check --fix --quiet .
 	@$(PYTHON) -m ruff format .
 
+# ARGS='train memory' makes some of the pages only.
 bench: $(call READY,run)
-	@$(PYTHON) -m benchmarks.wake $(ARGS)
+	@for page in $(or $(ARGS),wake train memory operations); do \
+		OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.$$page || exit 1; \
+	done
 
 docs: $(call READY,docs)
 	@NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --quiet --strict

@@ -87,7 +87,7 @@ def tune(step: Callable[[Setting], Callable[[], None]], plan: Plan) -> Setting:
 
 def measure_training(plan: Plan, rate: float) -> list[Part]:
     """Figure 6, with utilisation."""
-    tokens, windows = (75, (16, 32)) if plan.tiny else (12_000, (512, 1024, 2048, 4096))
+    tokens, windows = (43, (32,)) if plan.tiny else (12_000, (512, 1024, 2048, 4096))
     n_loops = (1, 2) if plan.tiny else train.LOOPS
     attention = "flash_attention_2" if plan.device == "cuda" and is_flash_attn_2_available() else "blocks"
     counted = plan.ouro("meta")
@@ -128,7 +128,7 @@ def utilisation(steps: train.Steps, times: dict[train.Key, list[float]], rate: f
         "half, recomputation not counted) per second, over the matrix rate above.",
         ["L", "N", "tokens per second", "TFLOP/s", "utilisation"],
     )
-    middle = steps.windows[-2]
+    middle = steps.windows[-2:][0]
     for window in steps.windows:
         for n in steps.n_loops:
             seconds = times["hard", window, n]
@@ -145,7 +145,7 @@ def utilisation(steps: train.Steps, times: dict[train.Key, list[float]], rate: f
 
 def measure_jet(plan: Plan) -> Part:
     """Jet-Nemotron 2B in its hardest published setting, with an optimiser."""
-    tokens, window = (40, 16) if plan.tiny else (3300, 2000)
+    tokens, window = (28, 16) if plan.tiny else (3300, 2000)
     n_loops = 2 if plan.tiny else 6
     model = build("jet_nemotron_2b", plan.device, plan.dtype, plan.tiny).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)

@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> list[Part]:
     torch.set_num_threads(1)
     model = small_ouro(arguments.tiny)
     window = 2 * SUPERVISED + 2 if arguments.tiny else 128
-    counts, loops = ((1, 2, 3), (1, 2)) if arguments.tiny else ((2, 4, 8, 16), (1, 2, 4))
+    counts, loops = ((1, 2), (2,)) if arguments.tiny else ((2, 4, 8, 16), (1, 2, 4))
     parts = [measure(model, window, counts, loops, batch_size=1, device="cpu")]
     intro = (
         "Every tensor that an operation makes counts from its making until nothing refers to its storage, forward and "

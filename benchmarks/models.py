@@ -52,7 +52,8 @@ def small_ouro(tiny: bool = False, n_layers: int = 4, **sleep: Any) -> SleepForC
     The last Jet layer follows the last layer, so that every pass is a whole pass and ``ideal`` is exact.
     """
     width = 32 if tiny else 256
-    config = CONFIG_MAPPING["ouro"](
+    architecture: Any = CONFIG_MAPPING["ouro"]
+    config = architecture(
         vocab_size=1024,
         hidden_size=width,
         intermediate_size=11 * width // 4,
@@ -71,10 +72,10 @@ def small_ouro(tiny: bool = False, n_layers: int = 4, **sleep: Any) -> SleepForC
 
 def wake_up(model: SleepForCausalLM) -> SleepForCausalLM:
     """Give the inserted layers an output, which they do not have until they are trained."""
-    for layer in model.fast_weights:
-        weight: Any = layer.o_proj.weight
-        if weight.device.type != "meta":
-            torch.nn.init.normal_(weight, std=0.02)
+    layers: Any = model.fast_weights
+    for layer in layers:
+        if layer.o_proj.weight.device.type != "meta":
+            torch.nn.init.normal_(layer.o_proj.weight, std=0.02)
     return model
 
 
@@ -152,7 +153,9 @@ def parallel_loss(model: SleepForCausalLM, batch: Batch, window: int, recompute:
         else:
             hidden = _one_layer(host, hidden, empty, frame, index)
     scores = host.logits(hidden[:, -SUPERVISED - 1 : -1].flatten(0, 1))
-    return F.cross_entropy(scores.float(), labels[:, -SUPERVISED:].flatten())
+    return F.cross_entropy(
+        scores.to(torch.promote_types(scores.dtype, torch.float32)), labels[:, -SUPERVISED:].flatten()
+    )
 
 
 def _one_layer(host: Any, hidden: Tensor, memory: Memory, frame: Any, index: int) -> Tensor:

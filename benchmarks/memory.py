@@ -34,7 +34,6 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = [leaf.untyped_storage() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
@@ -43,19 +42,18 @@ class LiveBytes(TorchDispatchMode):
         for leaf in tree_leaves(output):
             if isinstance(leaf, torch.Tensor):
                 storage = leaf.untyped_storage()
-                if storage._cdata not in before | self._known:
+                if storage._cdata not in before:
+                    before.add(storage._cdata)
                     self._count(storage)
         return output
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        n_bytes, identity = storage.nbytes(), storage._cdata
-        self._known.add(identity)
+        n_bytes = storage.nbytes()
         self.live += n_bytes
         self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._forget, identity, n_bytes)
+        weakref.finalize(storage, self._forget, n_bytes)
 
-    def _forget(self, identity: int, n_bytes: int) -> None:
-        self._known.discard(identity)
+    def _forget(self, n_bytes: int) -> None:
         self.live -= n_bytes
 
 
@@ -136,7 +134,7 @@ def main(argv: list[str] | None = None) -> list[Part]:
     torch.set_num_threads(1)
     model = small_ouro(arguments.tiny)
     window = 2 * SUPERVISED + 2 if arguments.tiny else 128
-    counts, loops = ((1, 2), (2,)) if arguments.tiny else ((2, 4, 8, 16), (1, 2, 4))
+    counts, loops = ((1, 2), (2,)) if arguments.tiny else ((2, 4, 8), (1, 4))
     parts = [measure(model, window, counts, loops, batch_size=1, device="cpu")]
     intro = (
         "Every tensor that an operation makes counts from its making until nothing refers to its storage, forward and "

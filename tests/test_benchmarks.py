@@ -133,10 +133,14 @@ def test_live_bytes_are_counted_once_and_given_back():
 
 
 def test_memory_counts_what_only_the_collector_would_free():
+    def leave_a_ring() -> None:
+        ring: list = [torch.ones(1000)]
+        ring.append(ring)
+
     def step() -> None:
         for _ in range(3):
-            ring: list = [torch.ones(1000)]
-            ring.append(ring)
+            leave_a_ring()
+            assert len([[] for _ in range(10_000)]) == 10_000  # enough for the collector to run, if it may
 
     assert memory.peak_bytes(step, "cpu") == 12000
 

@@ -71,6 +71,10 @@ def small_qwen(tiny: bool, window: int, longest: int) -> SleepForCausalLM:
     return wake_up(sleepify(Qwen3ForCausalLM(config), window_size=window)).eval()
 
 
+def _windows(count: int) -> str:
+    return f"{count} window" + "s" * (count != 1)
+
+
 def _keys_and_values(layer: Any) -> tuple[Tensor, Tensor]:
     return layer.keys, layer.values
 
@@ -111,9 +115,9 @@ def measure_tokens(what: Inference, repeats: int, seconds: float | None = None) 
     latency = Part(
         "One wake token",
         f"Window {what.window:,} tokens, half of one open, batch 1; {len(times[first])} tokens per setting. "
-        f"Milliseconds, and ratio to N = {first[0]} after {first[1]} window. Sleep is not in these figures: it happens "
+        f"Milliseconds, and ratio to N = {first[0]} after {_windows(first[1])}. Sleep is not in these figures: it happens "
         "once per window, before the token that follows.",
-        ["", *(f"after {n} window{'s' * (n > 1)}" for n in what.n_windows)],
+        ["", *(f"after {_windows(n)}" for n in what.n_windows)],
     )
     for label, name in [*((f"N = {n}", n) for n in what.n_loops), ("base, all keys kept", "base")]:
         row = [label]
@@ -125,10 +129,12 @@ def measure_tokens(what: Inference, repeats: int, seconds: float | None = None) 
     low, high = what.n_loops[0], what.n_loops[-1]
     for windows in (what.n_windows[0], most):
         value = ratio(times, (high, windows), (low, windows)).median
-        latency.claims.append(Claim(f"wake token, N = {high} / N = {low}, {windows} windows read", value, at_most=1.03))
+        latency.claims.append(
+            Claim(f"wake token, N = {high} / N = {low}, {_windows(windows)} read", value, at_most=1.03)
+        )
     for n_loops in (low, high):
         value = ratio(times, (n_loops, most), (n_loops, first[1])).median
-        what_is = f"wake token, {most} windows / {first[1]} window read, N = {n_loops}"
+        what_is = f"wake token, {_windows(most)} read / {_windows(first[1])} read, N = {n_loops}"
         latency.claims.append(Claim(what_is, value, at_most=1.03))
 
     weight = Part(

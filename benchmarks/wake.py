@@ -115,8 +115,8 @@ def measure_tokens(what: Inference, repeats: int, seconds: float | None = None) 
     latency = Part(
         "One wake token",
         f"Window {what.window:,} tokens, half of one open, batch 1; {len(times[first])} tokens per setting. "
-        f"Milliseconds, and ratio to N = {first[0]} after {_windows(first[1])}. Sleep is not in these figures: it happens "
-        "once per window, before the token that follows.",
+        f"Milliseconds, and ratio to N = {first[0]} after {_windows(first[1])}. Sleep is not in these figures: it "
+        "happens once per window, before the token that follows.",
         ["", *(f"after {_windows(n)}" for n in what.n_windows)],
     )
     for label, name in [*((f"N = {n}", n) for n in what.n_loops), ("base, all keys kept", "base")]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -98,11 +99,14 @@ class WindowCache(Cache):
 
 
 class _LayerViews(list):
-    """``cache.layers[i].conv_states[0]`` and its like, by asking the cache."""
+    """``cache.layers[i].conv_states[0]`` and its like, by asking the cache.
+
+    The cache is referred to weakly: in a cycle with it, its tensors would wait for Python's collector, pass after pass.
+    """
 
     def __init__(self, cache: WindowCache) -> None:
         super().__init__()
-        self.cache = cache
+        self.cache = weakref.proxy(cache)
 
     def __getitem__(self, index: Any) -> Any:
         return _LayerView(self.cache, index)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from families import FAMILIES, HYBRID, randomise, tiny_base, tokens, true_float64
@@ -11,6 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from sleepify import FastWeightConfig, SleepCache, UnsupportedModelError, sleepify
 from sleepify import hosts as hosts_module
+from sleepify.memory import Memory
 
 
 @pytest.fixture
@@ -106,6 +109,27 @@ def test_trains_and_generates(family):
         with torch.no_grad():
             greedy = torch.cat([greedy, model(greedy, use_cache=False).logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(out, greedy)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_tensor_waits_for_pythons_collector(family):
+    """A tensor in a cycle of references stays until Python happens to look: windows of activations, on a GPU."""
+    model = sleeping(family, checkpoint="window").to(torch.float32).train()
+    model.gradient_checkpointing_enable()
+    ids = tokens(2, 11)
+    model(ids, labels=ids).loss.backward()  # what is made once and kept
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        model(ids, labels=ids).loss.backward()
+        gc.collect()
+        left = [type(thing).__name__ for thing in gc.garbage if isinstance(thing, torch.Tensor | SleepCache | Memory)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert not left
 
 
 def test_bfloat16_keeps_its_state_in_float32():

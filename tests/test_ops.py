@@ -263,6 +263,14 @@ def test_a_carried_convolution_state_continues_the_text(kind: str, cut: int) -> 
     assert_same(run_with_grads(in_two_calls, inputs), run_with_grads(function, inputs), cut)
 
 
+@pytest.mark.parametrize("kind", CONVS)
+def test_convolution_gradients_by_finite_differences(kind: str) -> None:
+    convolve, _ = CONVS[kind]
+    leaves = [x if x is None else x.requires_grad_() for x in conv_inputs(4, 3, dynamic=kind == "dynamic")]
+    assert torch.autograd.gradcheck(convolve, leaves)
+    assert torch.autograd.gradgradcheck(convolve, leaves)
+
+
 def test_convolution_state_does_not_keep_the_text_alive() -> None:
     _, state = short_conv(torch.randn(1, 500, 8), torch.randn(8, 4))
     assert state.untyped_storage().nbytes() == 8 * 4 * 4

@@ -8,6 +8,8 @@ raw inputs, newest last, zeros where the text has not begun. Shapes: x [B,T,C].
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -52,7 +54,7 @@ def short_conv(
     if kernel is not None:
         return kernel(inputs, weight, bias, activation), new_state
     dtype = chunking.accumulation_dtype(x)
-    y = _weighted_sum(inputs.to(dtype), weight.to(dtype).unbind(-1), x.shape[1])
+    y = _weighted_sum(inputs.to(dtype), weight.to(dtype))
     if bias is not None:
         y = y + bias.to(dtype)
     return _activate(y, activation).to(x.dtype), new_state
@@ -80,7 +82,7 @@ def dynamic_conv(
     if kernel is not None:
         return kernel(inputs, kernels, activation), new_state
     dtype = chunking.accumulation_dtype(x)
-    y = _weighted_sum(inputs.to(dtype), kernels.to(dtype).unbind(-1), x.shape[1])
+    y = _weighted_sum(inputs.to(dtype), kernels.to(dtype))
     return _activate(y, activation).to(x.dtype), new_state
 
 
@@ -156,12 +158,44 @@ def _last_inputs(history: Tensor, n_tokens: int, lengths: Tensor | None, width: 
     return history.gather(1, index.expand(-1, -1, history.shape[2])).mT.contiguous()
 
 
-def _weighted_sum(inputs: Tensor, taps: tuple[Tensor, ...], n_tokens: int) -> Tensor:
-    """sum_w taps[w] * inputs[:, w : w + T] for inputs [B,T+W-1,C]."""
-    y = inputs[:, :n_tokens] * taps[0]
-    for w in range(1, len(taps)):
-        y = torch.addcmul(y, inputs[:, w : w + n_tokens], taps[w])
-    return y
+class WeightedSum(torch.autograd.Function):
+    """sum_w taps[..., w] * inputs[:, w : w + T] for inputs [B,T+W-1,C] and taps [B,T,C,W] or [C,W].
+
+    Differentiated as it stands, every tap would make a padded copy of all inputs for its share of their gradient.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(inputs: Tensor, taps: Tensor) -> Tensor:
+        n_tokens, width = inputs.shape[1] - taps.shape[-1] + 1, taps.shape[-1]
+        y = inputs[:, :n_tokens] * taps[..., 0]
+        for w in range(1, width):
+            y.addcmul_(inputs[:, w : w + n_tokens], taps[..., w])
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        inputs, taps = ctx.saved_tensors
+        n_tokens, width = grad.shape[1], taps.shape[-1]
+        grad_inputs = grad_taps = None
+        if ctx.needs_input_grad[0]:
+            grad_inputs = grad.new_zeros(inputs.shape)
+            for w in range(width):
+                grad_inputs[:, w : w + n_tokens].addcmul_(grad, taps[..., w])
+        if ctx.needs_input_grad[1]:
+            products = (grad * inputs[:, w : w + n_tokens] for w in range(width))
+            grad_taps = torch.stack([x if taps.dim() == 4 else x.sum((0, 1)) for x in products], -1)
+        return grad_inputs, grad_taps
+
+
+def _weighted_sum(inputs: Tensor, taps: Tensor) -> Tensor:
+    result: Tensor = WeightedSum.apply(inputs, taps)
+    return result
 
 
 def _activate(y: Tensor, activation: str | None) -> Tensor:

@@ -12,7 +12,7 @@ import copy
 import inspect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -115,7 +115,7 @@ class Host:
             old = torch.arange(columns, device=device)[None, :] >= columns - remembered
             new = steps < torch.tensor(lengths, device=device)[:, None]
             valid = torch.cat([old, new], 1)
-        past = WindowCache(memory, width)
+        past = WindowCache(columns, width)
         masks = {
             reach: self._mask(reach, hidden, valid, past, position_ids)
             for reach in {self._reach(i) for i in self._attends()}
@@ -124,14 +124,19 @@ class Host:
 
     def run(self, hidden_states: Tensor, memory: Memory, frame: Frame, start: int, stop: int) -> tuple[Tensor, Memory]:
         """Layers [start, stop) and what is inserted after them."""
-        cache = WindowCache(memory, hidden_states.shape[1], frame.keep_keys)
+        width, columns = hidden_states.shape[1], memory.columns
+        state, kv = dict(memory.state), dict(memory.kv)
         for index in range(start, stop):
+            cache = WindowCache(columns, width, state.get((index, 0)), kv.get(index), frame.keep_keys)
             hidden_states = self.layer(index, hidden_states, frame, cache)
+            if cache.state is not cache.before:
+                state[(index, 0)] = cache.state
+            if cache.kv is not None:
+                kv[index] = cache.kv
             if (layer := self.inserted.get(index)) is not None:
-                before = cache.state.get((index, 1))
-                hidden_states, after = layer(hidden_states, before, frame.lengths)
-                cache.state[(index, 1)] = LayerState(*after)
-        return hidden_states, cache.memory()
+                hidden_states, after = layer(hidden_states, state.get((index, 1)), frame.lengths)
+                state[(index, 1)] = LayerState(*after)
+        return hidden_states, replace(memory, state=state, kv=kv)
 
     def close_loop(self, hidden_states: Tensor) -> Tensor:
         """Most architectures hand the residual stream on as it is."""

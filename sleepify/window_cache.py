@@ -1,8 +1,7 @@
-"""What the base's own layers see as their cache while one pass over one window runs."""
+"""What one of the base's own layers sees as its cache while one pass over one window runs."""
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
@@ -10,37 +9,60 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from sleepify.errors import UnsupportedModelError
-from sleepify.memory import LayerState, Memory
+from sleepify.memory import LayerState
 
 
 class WindowCache(Cache):
-    """What the base's own layers see as their cache while one pass runs: it hands out a `Memory` and takes notes.
+    """Hands a layer what it remembers, and takes down what it will remember.
 
-    transformers' caches copy in place, which cuts gradients and spoils snapshots; this one only replaces.
+    transformers' caches copy in place, which cuts gradients and spoils snapshots; this one only replaces. It belongs to
+    one layer and does not look at the number by which the layer asks: layers that differ in nothing else then share one
+    compiled graph.
+
+    Args:
+        past: remembered positions.
+        query_length: tokens of this pass.
+        state: of the layer, before the pass.
+        kv: its remembered keys and values, [B, H, S, d] each, if there are any.
+        keep_keys: whether those of this pass are to be remembered.
     """
 
-    def __init__(self, memory: Memory, query_length: int, keep_keys: bool = False) -> None:
+    def __init__(
+        self,
+        past: int,
+        query_length: int,
+        state: LayerState | None = None,
+        kv: tuple[Tensor, Tensor] | None = None,
+        keep_keys: bool = False,
+    ) -> None:
         super().__init__(layers=[])
-        self.past = memory.columns
+        self.past = past
         self.query_length = query_length
         self.keep_keys = keep_keys
-        self.before = memory
-        self.state = dict(memory.state)
-        self.kv = dict(memory.kv)
-        # Older transformers reach into the layers for the state instead of asking for it.
-        self.layers = _LayerViews(self)
+        self.before = state or LayerState()
+        self.state = self.before
+        self.kv = kv
 
-    def memory(self) -> Memory:
-        """The memory after the pass; keys are not yet counted in (`Memory.advance` does)."""
-        return Memory(self.before.batch_size, self.state, self.kv, self.before.kv_lengths)
+    @property
+    def layers(self) -> list:
+        """What older transformers reach into for the state instead of asking for it.
+
+        Made when asked for: stored, it and the cache would refer to each other, and tensors would wait for Python's
+        collector, pass after pass.
+        """
+        return _LayerViews(self)
+
+    @layers.setter
+    def layers(self, _: list) -> None:
+        """transformers' constructor sets it."""
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
         """Remembered keys and values followed by the new ones, [B, H, S + T, d]."""
-        if layer_idx in self.before.kv:
-            keys, values = self.before.kv[layer_idx]
+        if self.kv is not None:
+            keys, values = self.kv
             key_states, value_states = torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
         if self.keep_keys:
-            self.kv[layer_idx] = (key_states, value_states)
+            self.kv = (key_states, value_states)
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -53,24 +75,22 @@ class WindowCache(Cache):
         return self.past + query_length, 0
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
-        if layer_idx is None:
-            return any(key[1] == 0 for key in self.before.state)
-        return (layer_idx, 0) in self.before.state
+        return any(tensor is not None for tensor in self.before)
 
     def is_recording_past(self, layer_idx: int) -> bool:
         """True keeps transformers' layers off the kernel that overwrites the convolution state in place."""
         return True
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        return self.before.state.get((layer_idx, 0), LayerState()).conv
+        return self.before.conv
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        layer = self.before.state.get((layer_idx, 0), LayerState())
-        if layer.recurrent is None or self.query_length > 1:
-            return layer.recurrent
+        recurrent = self.before.recurrent
+        if recurrent is None or self.query_length > 1:
+            return recurrent
         # Single-token kernels write into the tensor they are given: give them one of their own, and keep it.
-        own = layer.recurrent.clone()
-        self.state[(layer_idx, 0)] = LayerState(self.state[(layer_idx, 0)].conv, own)
+        own = recurrent.clone()
+        self.state = LayerState(self.state.conv, own)
         return own
 
     def update_conv_state(
@@ -83,30 +103,26 @@ class WindowCache(Cache):
     ) -> Tensor:
         if state_idx:
             raise UnsupportedModelError("expected one convolution state per layer, found more; see docs/add-a-host")
-        old = self.get_conv_state(layer_idx)
+        old = self.before.conv
         width = conv_kernel_size or (conv_states.shape[-1] if old is None else old.shape[-1])
         full = conv_states if old is None else torch.cat([old, conv_states], -1)
         if full.shape[-1] < width:
             full = nn.functional.pad(full, (width - full.shape[-1], 0))
-        recurrent = self.state.get((layer_idx, 0), LayerState()).recurrent
-        self.state[(layer_idx, 0)] = LayerState(full[..., -width:], recurrent)
+        self.state = LayerState(full[..., -width:], self.state.recurrent)
         return full
 
     def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
         wide = recurrent_states.to(torch.promote_types(recurrent_states.dtype, torch.float32))
-        self.state[(layer_idx, 0)] = LayerState(self.state.get((layer_idx, 0), LayerState()).conv, wide)
+        self.state = LayerState(self.state.conv, wide)
         return wide
 
 
 class _LayerViews(list):
-    """``cache.layers[i].conv_states[0]`` and its like, by asking the cache.
-
-    The cache is referred to weakly: in a cycle with it, its tensors would wait for Python's collector, pass after pass.
-    """
+    """``cache.layers[i].conv_states[0]`` and its like, by asking the cache, whatever i."""
 
     def __init__(self, cache: WindowCache) -> None:
         super().__init__()
-        self.cache = weakref.proxy(cache)
+        self.cache = cache
 
     def __getitem__(self, index: Any) -> Any:
         return _LayerView(self.cache, index)

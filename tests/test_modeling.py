@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from families import VOCAB, randomise, tiny_base, tokens
+from families import FAMILIES, VOCAB, randomise, tiny_base, tokens
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tolerances import EXACT, EXACT_GRAD, FLOAT32, PARITY, assert_close
@@ -184,6 +184,41 @@ def test_the_wake_step_compiles():
         steps = [compiled(ids[:, t : t + 1], past_key_values=cache).logits for t in range(5)]
     assert_close(torch.cat(steps, 1), expected.logits, FLOAT32, "compiled steps")
     torch._dynamo.reset()
+
+
+def graphs_of_compiled_layers(model, ids) -> int:
+    """Compares a model with itself, compiled: a step of training and generation. Returns how many graphs that took."""
+    twin = copy.deepcopy(model)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    # Which experts a token goes to is known only when it gets there, and ends a graph.
+    has_experts = any("experts" in name for name, _ in model.named_modules())
+    twin.compile(backend="eager", fullgraph=not has_experts)
+    for each in (model, twin):
+        each.train()(ids, labels=ids, n_loops=3).loss.backward()
+    for (name, mine), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        if mine.grad is not None:
+            assert_close(theirs.grad, mine.grad, FLOAT32, name)
+    arguments = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(twin.eval().generate(ids, **arguments), model.eval().generate(ids, **arguments))
+    n_graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+    return n_graphs
+
+
+def test_equal_layers_share_their_compiled_graphs():
+    counts = []
+    for n_layers in (2, 5):
+        base = tiny_base("qwen3", torch.float32, num_hidden_layers=n_layers)
+        model = sleepify(base, n_loops=1, window_size=4, fast_weights=FastWeightConfig(layers=list(range(n_layers))))
+        counts.append(graphs_of_compiled_layers(model, tokens(2, 11)))
+    assert 0 < counts[0] == counts[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_compiles(family):
+    assert graphs_of_compiled_layers(sleeping(family, torch.float32), tokens(2, 11)) > 0
 
 
 # --- embeddings, parameters, copies

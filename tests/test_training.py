@@ -254,6 +254,21 @@ def test_recomputing_activations_gives_the_same_run(tmp_path, keywords):
     assert_close(torch.tensor(losses(recomputed)), torch.tensor(losses(plain)), DISTRIBUTED)
 
 
+def test_compiled_training_is_the_same_run(tmp_path):
+    expected = build(tmp_path)
+    expected.train()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = build(tmp_path, torch_compile=True, torch_compile_backend="eager")
+    compiled.train()
+    torch._dynamo.reset()
+    # Of layers: the whole model at once would break into more pieces than that.
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert list(compiled.model.state_dict()) == list(expected.model.state_dict())
+    assert losses(compiled) == pytest.approx(losses(expected), abs=DISTRIBUTED.atol)
+
+
 def test_truncated_backpropagation_trains_and_is_another_gradient(tmp_path):
     dataset = Ragged()
     runs = [

@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from accelerate.utils import TorchDynamoPlugin
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState
@@ -95,6 +96,10 @@ class SleepTrainer(Trainer):
         self._sleeps = isinstance(
             model.config, SleepConfig
         )  # a plain model, of a baseline, has no windows and no state
+        if self._sleeps and args.torch_compile:
+            # Layer by layer; Accelerate would wrap the whole model, whose loop over windows is no graph.
+            self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
+            _sleeping(model).compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         self._run = describe_run(model, args, self.train_dataset)
         self._progress: dict[str, Any] = {}
         self.add_callback(_RestoreProgress(self))
@@ -340,6 +345,11 @@ class _RestoreProgress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer.restore_progress()
+
+
+def _sleeping(model: nn.Module) -> SleepForCausalLM:
+    """The model itself, or what peft has put itself around."""
+    return next(module for module in model.modules() if isinstance(module, SleepForCausalLM))
 
 
 def _left_padded(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def small_ouro(tiny: bool = False, n_layers: int = 4, **sleep: Any) -> SleepForC
         total_ut_steps=1,
     )
     torch.manual_seed(0)
-    inserted = FastWeightConfig(rule="jet", layers=[n_layers // 2 - 1, n_layers - 1])
+    inserted = FastWeightConfig(rule="jet", layers=sorted({(n_layers - 1) // 2, n_layers - 1}))
     model = sleepify(AutoModelForCausalLM.from_config(config), fast_weights=inserted, **sleep)
     return wake_up(model).train()
 

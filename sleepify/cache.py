@@ -38,6 +38,11 @@ class Window:
 class SleepCache(Cache):
     """An empty session; hand it to ``model(..., past_key_values=cache)`` or ``model.generate`` and keep it.
 
+    Args:
+        fixed_shapes: give every token of a window the same shapes, by room for the keys of a whole window from its
+            third token on. Single tokens then need one compiled graph, and a CUDA graph can be captured of them;
+            attention looks at L keys (sliding: 2L-1), however few are filled.
+
     Attributes:
         memory: fast-weight state and the keys and values of the open window, as they are awake.
         open_lengths: tokens in the open window, per row.
@@ -45,8 +50,9 @@ class SleepCache(Cache):
         windows: windows consolidated, per row.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, fixed_shapes: bool = False) -> None:
         super().__init__(layers=[])
+        self.fixed_shapes = fixed_shapes
         self.owner: str | None = None
         self.reset()
 

@@ -110,12 +110,12 @@ class Host:
         real = torch.tensor(lengths, device=device) if ragged else None
         valid = None
         columns = memory.columns
-        if ragged or any(length != columns for length in memory.kv_lengths):
+        if ragged or memory.fixed or any(length != columns for length in memory.kv_lengths):
             remembered = torch.tensor(memory.kv_lengths, device=device)[:, None]
             old = torch.arange(columns, device=device)[None, :] >= columns - remembered
             new = steps < torch.tensor(lengths, device=device)[:, None]
             valid = torch.cat([old, new], 1)
-        past = WindowCache(columns, width)
+        past = WindowCache(columns, width, fixed_shapes=memory.fixed)
         masks = {
             reach: self._mask(reach, hidden, valid, past, position_ids)
             for reach in {self._reach(i) for i in self._attends()}

@@ -40,12 +40,14 @@ class Memory:
         kv: keys and values per attention layer of the host, [B, H, S, d] each; row r holds its entries in the *last*
             ``kv_lengths[r]`` of the S columns, so that one more token is one more column for every row.
         kv_lengths: entries per row.
+        fixed: whether columns stay that no row has filled, see `with_columns`.
     """
 
     batch_size: int
     state: dict[LayerKey, LayerState] = field(default_factory=dict)
     kv: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     kv_lengths: tuple[int, ...] = ()
+    fixed: bool = False
 
     def __post_init__(self) -> None:
         if not self.kv_lengths:
@@ -54,6 +56,8 @@ class Memory:
     @property
     def columns(self) -> int:
         """S, the same for all layers."""
+        for keys, _ in self.kv.values():
+            return keys.shape[2]
         return max(self.kv_lengths, default=0)
 
     def tensors(self) -> list[Tensor]:
@@ -138,24 +142,30 @@ class Memory:
 
     def advance(self, lengths: Sequence[int], width: int) -> Memory:
         """The memory after ``width`` columns were appended of which row r filled the first ``lengths[r]``."""
-        old = self.columns
+        have = self.columns
         total = tuple(before + new for before, new in zip(self.kv_lengths, lengths, strict=True))
-        columns = max(total, default=0)
+        columns = have if self.fixed else max(total, default=0)
         if not self.kv or all(length == width for length in lengths):
             kv = {i: (_last(k, columns), _last(v, columns)) for i, (k, v) in self.kv.items()}
         else:
             # Close the gap between a row's new entries and the right edge; what rolls in on the left is never read.
             shift = torch.tensor([width - length for length in lengths])
-            source = (torch.arange(old + width - columns, old + width)[None, :] - shift[:, None]).clamp_(min=0)
+            source = (torch.arange(have - columns, have)[None, :] - shift[:, None]).clamp_(min=0)
             kv = {i: (_gather(k, source), _gather(v, source)) for i, (k, v) in self.kv.items()}
         return replace(self, kv=kv, kv_lengths=total)
+
+    def with_columns(self, columns: int) -> Memory:
+        """Exactly so many columns, filled or not, and all those of later tokens too: the same shapes at every token."""
+        return replace(
+            self, kv={i: (_last(k, columns), _last(v, columns)) for i, (k, v) in self.kv.items()}, fixed=True
+        )
 
     def first_keys(self, counts: Sequence[int]) -> Memory:
         """Only the oldest ``counts[r]`` entries of every row: what was retained when the open window began."""
         counts = tuple(counts)
         columns = max(counts, default=0)
         if not columns or not self.kv:
-            return replace(self, kv={}, kv_lengths=(0,) * self.batch_size)
+            return Memory(self.batch_size, self.state)
         last = torch.tensor([self.columns - have + count for have, count in zip(self.kv_lengths, counts, strict=True)])
         source = (last[:, None] - columns + torch.arange(columns)[None, :]).clamp_(min=0)
         kv = {i: (_gather(k, source), _gather(v, source)) for i, (k, v) in self.kv.items()}
@@ -166,12 +176,12 @@ class Memory:
         lengths = tuple(min(length, count) for length in self.kv_lengths)
         columns = max(lengths, default=0)
         if not columns:
-            return replace(self, kv={}, kv_lengths=lengths)
+            return replace(self, kv={}, kv_lengths=lengths, fixed=False)
         if columns == self.columns:
-            return replace(self, kv_lengths=lengths)
+            return replace(self, kv_lengths=lengths, fixed=False)
         # A copy, because a view would keep the evicted part alive.
         kv = {i: (_last(k, columns).clone(), _last(v, columns).clone()) for i, (k, v) in self.kv.items()}
-        return replace(self, kv=kv, kv_lengths=lengths)
+        return replace(self, kv=kv, kv_lengths=lengths, fixed=False)
 
 
 def _last(tensor: Tensor, columns: int) -> Tensor:

@@ -315,13 +315,12 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         given = model_kwargs.get("past_key_values")
         if given is not None and not isinstance(given, SleepCache):
             raise ValueError(f"expected past_key_values to be a SleepCache, got {type(given).__name__}")
-        if generation_config.cache_implementation is not None:
+        if (kind := generation_config.cache_implementation) not in (None, "static"):
             raise ValueError(
-                f"expected cache_implementation=None, got {generation_config.cache_implementation!r}: "
-                "a sleeping model keeps its own SleepCache"
+                f"expected cache_implementation=None or 'static', got {kind!r}: a sleeping model has its own SleepCache"
             )
         if given is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = SleepCache()
+            model_kwargs["past_key_values"] = SleepCache(fixed_shapes=kind == "static")
 
     # --- files -----------------------------------------------------------------------------------------------------
 

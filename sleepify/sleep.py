@@ -248,6 +248,8 @@ def read(
         first_passes.clear()
         for group, window in zip(groups, windows, strict=True):
             memory = cache.memory.select(group)
+            if cache.fixed_shapes and window.input_ids.shape[1] == 1:
+                memory = memory.with_columns(options.window_size - 1 + options.retained)
             # A window read whole and slept on next; not where activations are to be dropped at its end.
             share = options.shares_first_pass and all(
                 take[row] == options.window_size and done[row] + take[row] < lengths[row] for row in group

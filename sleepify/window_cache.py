@@ -25,6 +25,7 @@ class WindowCache(Cache):
         state: of the layer, before the pass.
         kv: its remembered keys and values, [B, H, S, d] each, if there are any.
         keep_keys: whether those of this pass are to be remembered.
+        fixed_shapes: whether a single token gets a mask in any case, without a look at what it masks.
     """
 
     def __init__(
@@ -34,11 +35,13 @@ class WindowCache(Cache):
         state: LayerState | None = None,
         kv: tuple[Tensor, Tensor] | None = None,
         keep_keys: bool = False,
+        fixed_shapes: bool = False,
     ) -> None:
         super().__init__(layers=[])
         self.past = past
         self.query_length = query_length
         self.keep_keys = keep_keys
+        self.fixed_shapes = fixed_shapes
         self.before = state or LayerState()
         self.state = self.before
         self.kv = kv
@@ -55,6 +58,11 @@ class WindowCache(Cache):
     @layers.setter
     def layers(self, _: list) -> None:
         """transformers' constructor sets it."""
+
+    @property
+    def is_compileable(self) -> bool:
+        """transformers leaves out the mask that hides nothing, except for caches that say this of themselves."""
+        return self.fixed_shapes
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
         """Remembered keys and values followed by the new ones, [B, H, S + T, d]."""

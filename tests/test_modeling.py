@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from families import FAMILIES, VOCAB, randomise, tiny_base, tokens
+from families import FAMILIES, VOCAB, randomise, tiny_base, tokens, true_float64
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tolerances import EXACT, EXACT_GRAD, FLOAT32, PARITY, assert_close
@@ -96,7 +96,7 @@ def test_assisted_decoding_and_foreign_caches_are_refused_by_name():
     with pytest.raises(ValueError, match="SleepCache"):
         model(ids, past_key_values=DynamicCache())
     with pytest.raises(ValueError, match="cache_implementation"):
-        model.generate(ids, cache_implementation="static", max_new_tokens=3)
+        model.generate(ids, cache_implementation="quantized", max_new_tokens=3)
 
 
 def test_several_sequences_from_one_prompt():
@@ -213,6 +213,56 @@ def test_equal_layers_share_their_compiled_graphs():
         model = sleepify(base, n_loops=1, window_size=4, fast_weights=FastWeightConfig(layers=list(range(n_layers))))
         counts.append(graphs_of_compiled_layers(model, tokens(2, 11)))
     assert 0 < counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "falcon_h1"])
+def test_fixed_shapes_change_nothing(family, eviction):
+    with true_float64():
+        compare_fixed_with_usual_shapes(sleeping(family, eviction=eviction))
+
+
+def compare_fixed_with_usual_shapes(model) -> None:
+    ids, mask = tokens(2, 7), torch.ones(2, 7, dtype=torch.long)
+    mask[1, :3] = 0
+    sessions = [SleepCache(), SleepCache(fixed_shapes=True)]
+    seen = set()
+    with torch.no_grad():
+        for piece, real in [(ids, mask), *((tokens(2, 1, seed=t), None) for t in range(12)), (tokens(2, 4), None)]:
+            usual, fixed = (model(piece, attention_mask=real, past_key_values=session) for session in sessions)
+            assert_close(fixed.logits, usual.logits, EXACT, f"{sessions[1].seen}")
+            if piece.shape[1] == 1:
+                seen |= {keys.shape for keys, _ in sessions[1].memory.kv.values()}
+        assert len(seen) == 1
+        cut = sessions[1].clone()
+        cut.batch_select_indices(torch.tensor([1]))
+        alone = model(tokens(1, 1), past_key_values=cut).logits
+        sessions[0].batch_select_indices(torch.tensor([1]))
+        assert_close(alone, model(tokens(1, 1), past_key_values=sessions[0]).logits, EXACT, "one row")
+    arguments = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "attention_mask": mask}
+    assert torch.equal(
+        model.generate(ids, cache_implementation="static", **arguments), model.generate(ids, **arguments)
+    )
+
+
+def test_fixed_shapes_need_no_new_graph_from_token_to_token():
+    model = sleeping(dtype=torch.float32, window_size=8, fast_weights=FastWeightConfig(layers=[0])).eval()
+    model.compile(backend="eager", fullgraph=True, dynamic=False)
+
+    def graphs(session: SleepCache) -> list[int]:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        counts = []
+        with torch.no_grad():
+            for t in range(8):
+                model(tokens(1, 1, seed=t), past_key_values=session)
+                counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        torch._dynamo.reset()
+        return counts
+
+    usual, fixed = graphs(SleepCache()), graphs(SleepCache(fixed_shapes=True))
+    # A window's first token finds no keys, the second makes room for all, the others find it.
+    assert fixed[2] == fixed[-1] and usual[2] + 5 <= usual[-1], (fixed, usual)
 
 
 @pytest.mark.slow

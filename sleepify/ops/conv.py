@@ -164,19 +164,14 @@ class WeightedSum(torch.autograd.Function):
     Differentiated as it stands, every tap would make a padded copy of all inputs for its share of their gradient.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(inputs: Tensor, taps: Tensor) -> Tensor:
+    def forward(ctx: Any, inputs: Tensor, taps: Tensor) -> Tensor:
+        ctx.save_for_backward(inputs, taps)
         n_tokens, width = inputs.shape[1] - taps.shape[-1] + 1, taps.shape[-1]
         y = inputs[:, :n_tokens] * taps[..., 0]
         for w in range(1, width):
             y.addcmul_(inputs[:, w : w + n_tokens], taps[..., w])
         return y
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -54,16 +54,12 @@ class UnitLowerInverse(torch.autograd.Function):
     Its gradient is two products with the inverse itself; differentiating a triangular solve solves once more.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(matrix: Tensor) -> Tensor:
+    def forward(ctx: Any, matrix: Tensor) -> Tensor:
         eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device).expand_as(matrix)
-        return torch.linalg.solve_triangular(matrix, eye, upper=False, unitriangular=True)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(output)
+        inverse = torch.linalg.solve_triangular(matrix, eye, upper=False, unitriangular=True)
+        ctx.save_for_backward(inverse)
+        return inverse
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:

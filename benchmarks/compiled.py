@@ -1,0 +1,125 @@
+"""What `model.compile()` gives, and what it takes: the same steps and tokens with layers compiled, beside uncompiled.
+
+    python -m benchmarks.compiled [--repeats 8] [--output docs/results/compiled.md]
+
+Each model is compiled anew, without the cache of earlier runs, so that the time it takes is that of a first time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.models import Setting, small_ouro, text, windowed_step
+from benchmarks.report import RESULTS, Claim, Part, Spread, alternate, ratio, write_page
+from sleepify import SleepCache, SleepForCausalLM
+
+LOOPS = 4
+
+
+def compile_cold(model: SleepForCausalLM, backend: str) -> None:
+    """Compile with nothing from before: neither this process's graphs nor what lies on disk."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    options = {"options": {"force_disable_caches": True}} if backend == "inductor" else {}
+    model.compile(backend=backend, **options)
+
+
+def actions(model: SleepForCausalLM, tokens: int, window: int) -> dict[str, Callable[[], None]]:
+    """A step of training, a sleep, and as many wake tokens as fill half a window."""
+    batch = text(model, tokens)
+    ids = batch[0][:, :window]
+    half = window // 2
+
+    def step() -> None:
+        windowed_step(model.train(), batch, window, LOOPS, Setting())
+
+    full, begun = SleepCache(), SleepCache()
+    with torch.no_grad():
+        model.eval()
+        model.config.window_size, model.config.eviction = window, "hard"
+        model(ids, past_key_values=full, logits_to_keep=1)
+        model(ids[:, :half], past_key_values=begun, logits_to_keep=1)
+
+    @torch.no_grad()
+    def sleep() -> None:
+        model.eval().sleep(full.clone(), n_loops=LOOPS)
+
+    @torch.no_grad()
+    def wake() -> None:
+        session = begun.clone()
+        model.eval()
+        for place in range(half, window):
+            model(ids[:, place : place + 1], past_key_values=session, logits_to_keep=1)
+
+    return {f"training step, N = {LOOPS}": step, f"sleep, N = {LOOPS}": sleep, f"{window - half} wake tokens": wake}
+
+
+def measure(tiny: bool, backend: str, repeats: int) -> list[Part]:
+    """Times of both, and how long compiling took for one depth and for its double."""
+    tokens, window = (30, 12) if tiny else (1100, 256)
+    deep, shallow = (2, 1) if tiny else (8, 4)
+    cost = Part(
+        "What it takes",
+        "Seconds until each of these has run once, uncompiled and compiled, and graphs, by layers of the base. Nothing "
+        "was compiled before.",
+        ["layers", "seconds, uncompiled", "seconds, compiled", "graphs"],
+    )
+    graphs: list[int] = []
+    models: dict[str, SleepForCausalLM] = {}
+    for n_layers in (deep, shallow):
+        models = {"uncompiled": small_ouro(tiny, n_layers), "compiled": small_ouro(tiny, n_layers)}
+        compile_cold(models["compiled"], backend)
+        seconds = []
+        for model in models.values():
+            begin = time.perf_counter()
+            for action in actions(model, tokens, window).values():
+                action()
+            seconds.append(time.perf_counter() - begin)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        cost.rows.append([str(n_layers), *(f"{s:.1f}" for s in seconds), str(graphs[-1])])
+        cost.figures[f"{n_layers} layers"] = {"seconds": seconds, "graphs": graphs[-1]}
+    cost.claims.append(Claim(f"graphs of {deep} layers / of {shallow}", graphs[0] / graphs[1], at_most=1.0))
+
+    gain = Part(
+        "What it gives",
+        f"{shallow} layers, windows of {window:,} tokens, text of {tokens:,}, batch 1. Milliseconds; ratio in every "
+        "round.",
+        ["", "uncompiled", "compiled", "compiled / uncompiled"],
+    )
+    both = {who: actions(model, tokens, window) for who, model in models.items()}
+    for what in both["compiled"]:
+        times: dict[Any, list[float]] = alternate({who: partial(both[who][what]) for who in both}, repeats)
+        compared = ratio(times, "compiled", "uncompiled")
+        gain.rows.append([what, *(Spread.of(times[who]).text(1e3) for who in both), compared.text()])
+        gain.figures[what] = {"ratio": compared}
+    torch._dynamo.reset()
+    return [gain, cost]
+
+
+def main(argv: list[str] | None = None) -> list[Part]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=8, help="rounds")
+    parser.add_argument("--output", type=Path, default=RESULTS / "compiled.md", help="where the page goes")
+    parser.add_argument("--tiny", action="store_true", help="to try the script, without code generation")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    parts = measure(arguments.tiny, "eager" if arguments.tiny else "inductor", arguments.repeats)
+    intro = (
+        "Ouro of 256 channels with two Jet layers, one thread, float32, processor time, both in turn in one run. "
+        "Median (quartiles)."
+    )
+    command = "python -m benchmarks.compiled"
+    write_page(arguments.output, title="Compiled layers", command=command, intro=intro, parts=parts)
+    print(arguments.output.read_text(encoding="utf-8"))
+    return parts
+
+
+if __name__ == "__main__":
+    main()

@@ -12,6 +12,7 @@ at every N. A finished run leaves one JSON file and is not run again. Then a tab
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import math
 import platform
@@ -38,6 +39,7 @@ SCHEDULE = (1, 4, 2, 4, 3, 4)
 TESTED = (1, 2, 3, 4, 6, 8)
 EQUAL_COMPUTE = "n1_equal_compute"
 DRAWN = "drawn"
+FRONTIER = 0.9
 # Quantile 0.975 of Student's t for 1, 2, 3 ... degrees of freedom.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -136,6 +138,11 @@ def over_seeds(runs: list[Run], difficulty: int) -> tuple[float, float | None]:
     return statistics.mean(values), student * statistics.stdev(values) / math.sqrt(len(values))
 
 
+def frontier(runs: list[Run]) -> int:
+    """The largest t with a mean accuracy of at least `FRONTIER` (0 if there is none)."""
+    return max((t for t in runs[0].report.difficulties if over_seeds(runs, t)[0] >= FRONTIER), default=0)
+
+
 def pooled(runs: list[Run], difficulty: int) -> Score:
     """The queries of all seeds together."""
     scores = [run.report.of(*run.report.settings[0])[difficulty] for run in runs]
@@ -177,13 +184,14 @@ def write_results(runs: Runs, docs: Path) -> None:
     guess = constant_guess(runs.test_examples)
     columns = [f"t = {t}" for t in difficulties]
 
-    means = [["accuracy, % (95% over seeds)", "CPU seconds", *columns]]
+    means = [["accuracy, % (95% over seeds)", "CPU seconds", "frontier", *columns]]
     counted = [["all seeds together, % (Wilson 95%)", *columns]]
     for variant, done in found.items():
         seconds = statistics.mean(run.cpu_seconds for run in done)
-        means.append([label(variant, done), f"{seconds:.0f}", *(_spread(*over_seeds(done, t)) for t in difficulties)])
+        cells = [_spread(*over_seeds(done, t)) for t in difficulties]
+        means.append([label(variant, done), f"{seconds:.0f}", f"t = {frontier(done)}", *cells])
         counted.append([label(variant, done), *(_interval(pooled(done, t)) for t in difficulties)])
-    means.append(["the commoner answer always", "", *(f"{100 * guess[t]:.1f}" for t in difficulties)])
+    means.append(["the commoner answer always", "", "", *(f"{100 * guess[t]:.1f}" for t in difficulties)])
     sections = [_table(means), _table(counted)]
     if drawn := runs.get(DRAWN, 0):
         rows = [["tested with, % (Wilson 95%)", *columns]]
@@ -201,6 +209,7 @@ def write_results(runs: Runs, docs: Path) -> None:
         torch=torch.__version__,
         machine=platform.machine(),
         threads=torch.get_num_threads(),
+        date=datetime.date.today().isoformat(),
     )
     (docs / "rule110_small.md").write_text(text + "\n\n".join(sections) + "\n", encoding="utf-8")
     _plot(found, difficulties, guess, docs / "rule110_small.png")
@@ -210,11 +219,11 @@ def write_results(runs: Runs, docs: Path) -> None:
 INTRODUCTION = """# Rule 110, small: does sleeping longer help?
 
 A string of 20 cells fills the window and is evicted; then its first cell after t = 1..10 steps is asked, in random
-order. Qwen3 of 2 layers from scratch with a Gated DeltaNet layer between them, both looped; {steps:,} steps at batch
-128 for every N, the same rows in the same order; then N = 1 again for as many steps as take the processor time of
-N = 4. Exact match on {rows:,} held-out rows; seeds (runs per row of the table: {seeds}) change the weights' start and
-the rows. Settings: `recipes/configs/rule110_small.yaml`. Made by `python benchmarks/learning.py` (torch {torch},
-{machine}, {threads} thread per run).
+order. Qwen3 of one layer from scratch with a Gated DeltaNet layer after it, both looped; {steps:,} steps at batch 128
+for every N, the same rows in the same order; then N = 1 again for as many steps as take the processor time of N = 4.
+The frontier is the largest t that is answered in at least 90%. Exact match on {rows:,} held-out rows; seeds (runs per
+row of the table: {seeds}) change the weights' start and the rows. Settings: `recipes/configs/rule110_small.yaml`. Made
+by `python benchmarks/learning.py` ({date}, torch {torch}, {machine}, {threads} thread per run).
 
 ![accuracy by t](rule110_small.png)
 

@@ -1,8 +1,8 @@
 """Timing in turn, ratios with their spread, and pages of tables for docs/results, written beside and renamed.
 
-Everything that is compared runs in one process, one call each per round, each round beginning one further: whatever
-else the machine does hits all alike. A figure is the median over rounds, with quartiles; a ratio is taken within every
-round.
+Everything that is compared runs in one process, one call each per round, in another order every round: whatever else
+the machine does hits all alike, and none always follows the one that empties the caches. A figure is the median over
+rounds, with quartiles; a ratio is taken within every round.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from statistics import median, quantiles
 from typing import Any
 
@@ -94,8 +95,7 @@ def alternate(
     for turn in range(warmup + repeats):
         if seconds is not None and turn >= warmup + 3 and time.perf_counter() - begin > seconds:
             break
-        shift = turn % len(keys)
-        for key in keys[shift:] + keys[:shift]:
+        for key in Random(turn).sample(keys, len(keys)):
             elapsed = stopwatch(actions[key], device)
             if turn >= warmup:
                 times[key].append(elapsed)

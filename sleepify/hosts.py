@@ -110,7 +110,7 @@ class Host:
         real = torch.tensor(lengths, device=device) if ragged else None
         valid = None
         columns = memory.columns
-        if ragged or memory.fixed or any(length != columns for length in memory.kv_lengths):
+        if ragged or any(length != columns for length in memory.kv_lengths):
             remembered = torch.tensor(memory.kv_lengths, device=device)[:, None]
             old = torch.arange(columns, device=device)[None, :] >= columns - remembered
             new = steps < torch.tensor(lengths, device=device)[:, None]

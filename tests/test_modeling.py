@@ -240,9 +240,9 @@ def compare_fixed_with_usual_shapes(model) -> None:
         sessions[0].batch_select_indices(torch.tensor([1]))
         assert_close(alone, model(tokens(1, 1), past_key_values=sessions[0]).logits, EXACT, "one row")
     arguments = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "attention_mask": mask}
-    assert torch.equal(
-        model.generate(ids, cache_implementation="static", **arguments), model.generate(ids, **arguments)
-    )
+    fixed = model.generate(ids, cache_implementation="static", return_dict_in_generate=True, **arguments)
+    assert fixed.past_key_values.fixed_shapes
+    assert torch.equal(fixed.sequences, model.generate(ids, **arguments))
 
 
 def test_fixed_shapes_need_no_new_graph_from_token_to_token():

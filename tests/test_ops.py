@@ -419,9 +419,9 @@ def test_short_conv_kernel_continues_from_the_state(monkeypatch: pytest.MonkeyPa
     x, weight, bias, state = (
         torch.randn(*shape, generator=generator) for shape in ((2, 7, 8), (8, 4), (8,), (2, 8, 4))
     )
-    expected = [run_with_grads(short_conv, [x[:, :n], weight, bias, state]) for n in (1, 2, 7)]
+    expected = [run_with_grads(short_conv, [x[:, :n], weight, bias, state]) for n in (2, 3, 7)]
     fake = FakeKernels(monkeypatch)
-    for n, reference in zip((1, 2, 7), expected, strict=True):
+    for n, reference in zip((2, 3, 7), expected, strict=True):
         actual = run_with_grads(short_conv, [x[:, :n], weight, bias, state])
         for ours, theirs in zip((*actual[:2], *actual[2]), (*reference[:2], *reference[2]), strict=True):
             assert_close(ours, theirs, FLOAT32, f"{n} tokens")
@@ -429,6 +429,7 @@ def test_short_conv_kernel_continues_from_the_state(monkeypatch: pytest.MonkeyPa
     short_conv(x.double(), weight.double())  # no float64 there
     short_conv(x[..., :5], weight[:5])  # nor channels that 8 does not divide
     short_conv(x, torch.randn(8, 5))  # nor wide windows
+    short_conv(x[:, :1], weight, bias, state)  # nor for one more token
     assert len(fake.calls) == 3
 
 

@@ -47,6 +47,8 @@ def short_conv(
     _check(x, weight.shape[-1], state, lengths, activation)
     if weight.shape[0] != x.shape[2]:
         raise ValueError(f"weight must be [C, W] with C = {x.shape[2]}, got {tuple(weight.shape)}")
+    if x.shape[1] == 1 and state is not None and lengths is None:
+        return _next(x, weight, bias, state, activation)
     history = _with_history(x, state, weight.shape[1])
     new_state = _last_inputs(history, x.shape[1], lengths, weight.shape[1])
     inputs = history[:, 1:]
@@ -75,6 +77,8 @@ def dynamic_conv(
     _check(x, kernels.shape[-1], state, lengths, activation)
     if kernels.shape[:-1] != x.shape:
         raise ValueError(f"kernels must be [B, T, C, W] with [B, T, C] = {tuple(x.shape)}, got {tuple(kernels.shape)}")
+    if x.shape[1] == 1 and state is not None and lengths is None:
+        return _next(x, kernels[:, 0], None, state, activation)
     history = _with_history(x, state, kernels.shape[-1])
     new_state = _last_inputs(history, x.shape[1], lengths, kernels.shape[-1])
     inputs = history[:, 1:]
@@ -141,6 +145,16 @@ def _check(x: Tensor, width: int, state: Tensor | None, lengths: Tensor | None, 
         raise ValueError(f"state must be [B, C, W] = {(x.shape[0], x.shape[2], width)}, got {tuple(state.shape)}")
     if lengths is not None and lengths.shape != x.shape[:1]:
         raise ValueError(f"lengths must be [B] = {tuple(x.shape[:1])}, got {tuple(lengths.shape)}")
+
+
+def _next(x: Tensor, taps: Tensor, bias: Tensor | None, state: Tensor, activation: str | None) -> tuple[Tensor, Tensor]:
+    """One more token, x [B,1,C] and taps [C,W] or [B,C,W]: a wake token has no time for the layout that many need."""
+    dtype = chunking.accumulation_dtype(x)
+    state = torch.cat([state[..., 1:].to(x.dtype), x.mT], -1)
+    y = (state.to(dtype) * taps.to(dtype)).sum(-1)
+    if bias is not None:
+        y = y + bias.to(dtype)
+    return _activate(y, activation).to(x.dtype).unsqueeze(1), state
 
 
 def _with_history(x: Tensor, state: Tensor | None, width: int) -> Tensor:

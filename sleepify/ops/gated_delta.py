@@ -131,14 +131,15 @@ def gated_delta_chunked(
         inverse = UnitLowerInverse.apply((k_beta @ k.mT) * decay)
         u, w = inverse @ (v * beta.unsqueeze(-1)), inverse @ (k_beta * since_start)
         k_end = (k * until_end).mT
-        starts, written = [], []
-        for u_c, w_c, k_c, decay_c in zip(
-            u.unbind(0), w.unbind(0), k_end.unbind(0), since_start[:, :, -1:].unbind(0), strict=True
+        q = q * scale
+        q_start, inside = q * since_start, (q @ k.mT) * decay
+        outputs = []
+        # Reads from the states one by one: all of them in one tensor would be the largest of all.
+        for u_c, w_c, k_c, decay_c, q_c, inside_c in zip(
+            *(x.unbind(0) for x in (u, w, k_end, since_start[:, :, -1:], q_start, inside)), strict=True
         ):
             x_c = torch.baddbmm(u_c, w_c, s, alpha=-1)
-            starts.append(s)
-            written.append(x_c)
+            outputs.append(torch.baddbmm(torch.bmm(q_c, s), inside_c, x_c))
             s = torch.baddbmm(s * decay_c, k_c, x_c)
-        q = q * scale
-        o = (q * since_start) @ torch.stack(starts) + ((q @ k.mT) * decay) @ torch.stack(written)
+        o = torch.stack(outputs)
         return chunking.join(o, batch, n_tokens).to(out_dtype), s.view(batch, heads, key_dim, value_dim)

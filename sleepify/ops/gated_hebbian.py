@@ -84,10 +84,14 @@ def gated_hebbian_chunked(
             q, k = chunking.l2norm(q), chunking.l2norm(k)
         decay = chunking.decay_matrix(g)
         since_start, until_end = g.cumsum(-1).exp().unsqueeze(-1), decay[..., -1, :].unsqueeze(-1)
-        v, q = v * beta.unsqueeze(-1), q * scale
-        starts = []
-        for write_c, decay_c in zip(((k * until_end).mT @ v).unbind(0), since_start[:, :, -1:].unbind(0), strict=True):
-            starts.append(s)
-            s = torch.addcmul(write_c, s, decay_c)
-        o = (q * since_start) @ torch.stack(starts) + ((q @ k.mT) * decay) @ v
+        v, q, k_end = v * beta.unsqueeze(-1), q * scale, (k * until_end).mT
+        q_start, inside = q * since_start, (q @ k.mT) * decay
+        outputs = []
+        # Reads and writes of the states one by one: all of them in one tensor would be the largest of all.
+        for v_c, k_c, decay_c, q_c, inside_c in zip(
+            *(x.unbind(0) for x in (v, k_end, since_start[:, :, -1:], q_start, inside)), strict=True
+        ):
+            outputs.append(torch.baddbmm(torch.bmm(q_c, s), inside_c, v_c))
+            s = torch.baddbmm(s * decay_c, k_c, v_c)
+        o = torch.stack(outputs)
         return chunking.join(o, batch, n_tokens).to(out_dtype), s.view(batch, heads, key_dim, value_dim)

@@ -222,6 +222,9 @@ def test_harness_model_sleeps_as_told(model: SleepForCausalLM, monkeypatch: pyte
         registered["sleepify"](sleeping.language_model)
     with pytest.raises(ValueError, match="expected eviction"):
         registered["sleepify"](sleeping, eviction="soft")
+    for wrong in (3.5, "3.5", "many"):
+        with pytest.raises(ValueError, match="expected window_size"):
+            registered["sleepify"](sleeping, window_size=wrong)
 
 
 def test_harness_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,7 @@ def configure(config: Any, settings: dict[str, Any]) -> None:
             "save the result of sleepify(base), or use the harness's --model hf"
         )
     for name, value in settings.items():
-        setattr(config, name, value if name == "eviction" else int(value))
+        setattr(config, name, int(value) if isinstance(value, str) and value.isdecimal() else value)
     config.validate_sleep()
     resolve(config)
 

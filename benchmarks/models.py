@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,9 +24,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from sleepify import FastWeightConfig, SleepCache, SleepForCausalLM, sleepify
+from sleepify import FastWeightConfig, SleepForCausalLM, sleepify
 from sleepify import sleep as algorithm
 from sleepify.memory import Memory
+from sleepify.schedule import schedule
+from sleepify.snapshot import Snapshot
 
 SUPERVISED = 8
 """Tokens of a text that carry a label: its last."""
@@ -240,12 +243,12 @@ def count_flops(model: SleepForCausalLM, tokens: int, window: int, n_loops: int)
 def _count_forward(model: SleepForCausalLM, tokens: int, window: int, n_loops: int) -> int:
     """Matrix products of a forward pass, counted while it runs on the meta device; of attention the causal half."""
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-    wanted = torch.zeros(1, tokens, dtype=torch.bool)
+    wanted = np.zeros((1, tokens), dtype=bool)
     wanted[:, -SUPERVISED - 1 : -1] = True
-    options = algorithm.Options(n_loops=n_loops, window_size=window)
-    cache = SleepCache()
-    cache.bind("counted", 1, window, ids.device)
+    options = replace(model.options(n_loops), window_size=window)
+    rounds = schedule([0], [tokens], wanted, window, keep=False, may_share=options.may_share).rounds
+    session = Snapshot.empty("counted", 1, window, ids.device)
     with attending(model, "half", window), FlopCounterMode(display=False) as counter:
-        readings = algorithm.read(model.blocks, cache, ids, [tokens], wanted, options, keep=False)
-        model.blocks.logits(torch.cat([reading.hidden_states for reading in readings]))
+        _, pieces = algorithm.read(model.blocks, session, ids, rounds, options, keep=False)
+        model.blocks.logits(torch.cat(pieces))
     return int(counter.get_total_flops())

@@ -1,8 +1,7 @@
-"""SleepCache: what a session carries from call to call, row by row.
+"""SleepCache: a session, carried from call to call. What transformers asks of a cache, around a `Snapshot`.
 
-A row of the batch has an *open window*: up to L tokens read awake, whose ids are kept so that sleep can replay them
-from the state at the window's start. The cache counts rows separately, because they fill their windows at different
-steps. It is a `transformers.Cache` so that `generate` accepts it.
+It is a `transformers.Cache` so that `generate` accepts it. Everything that it knows is one value, which a call replaces
+when it has succeeded: a call that fails leaves the session as it was, and a copy is independent at no cost.
 """
 
 from __future__ import annotations
@@ -10,8 +9,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,19 +20,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from sleepify.errors import CacheMismatchError, CheckpointError
-from sleepify.memory import LayerState, Memory
+from sleepify.memory import LayerKey, LayerState, Memory
+from sleepify.snapshot import Snapshot, extend
 
-_VERSION = 1
-_COUNTS = ("open_lengths", "retained", "seen", "windows")
-
-
-@dataclass(frozen=True)
-class Window:
-    """Tokens of one window, one row each, left-aligned: ids [B, T], tokens per row, position of each row's first."""
-
-    input_ids: Tensor
-    lengths: tuple[int, ...]
-    positions: tuple[int, ...]
+_VERSION = 2
+_SAVED = ("owner", "open_lengths", "retained", "seen", "windows", "passes", "stale", "columns", "fixed_shapes")
 
 
 class SleepCache(Cache):
@@ -44,58 +36,84 @@ class SleepCache(Cache):
             attention looks at L keys (sliding: 2L-1), however few are filled.
 
     Attributes:
-        memory: fast-weight state and the keys and values of the open window, as they are awake.
-        open_lengths: tokens in the open window, per row.
-        seen: tokens read, per row.
-        windows: windows consolidated, per row.
+        now: everything that it knows, a `Snapshot`; None before the first call.
     """
+
+    is_compileable = False
+    is_croppable = True
 
     def __init__(self, fixed_shapes: bool = False) -> None:
         super().__init__(layers=[])
         self.fixed_shapes = fixed_shapes
-        self.owner: str | None = None
-        self.reset()
+        self.now: Snapshot | None = None
 
     def reset(self) -> None:
         """Forget everything; the cache is as new and may serve another model or batch."""
-        self.owner = None
-        self.memory = Memory(0)
-        self.at_start: dict[tuple[int, int], LayerState] = {}
-        self.open_ids: Tensor | None = None
-        self.open_lengths: list[int] = []
-        self.retained: list[int] = []
-        self.seen: list[int] = []
-        self.windows: list[int] = []
-        self.columns = 0
+        self.now = None
 
-    # --- belonging -------------------------------------------------------------------------------------------------
+    # --- what there is to see --------------------------------------------------------------------------------------
 
-    def bind(self, owner: str, batch_size: int, window_size: int, device: torch.device) -> None:
-        """Make the cache that of one model and batch, or check that it is.
+    @property
+    def owner(self) -> str | None:
+        """The model that the session belongs to."""
+        return None if self.now is None else self.now.owner
 
-        Raises:
-            CacheMismatchError: if it belongs to another.
-        """
-        if self.owner is None:
-            self.owner = owner
-            self.memory = Memory(batch_size)
-            self.open_ids = torch.zeros(batch_size, window_size, dtype=torch.long, device=device)
-            self.open_lengths, self.retained = [0] * batch_size, [0] * batch_size
-            self.seen, self.windows = [0] * batch_size, [0] * batch_size
-        elif self.owner != owner:
-            raise CacheMismatchError(
-                f"expected a cache of this model ({owner}), got one of another ({self.owner}); "
-                "start a new SleepCache() or call cache.reset()"
+    @property
+    def memory(self) -> Memory:
+        """Fast-weight state and the keys and values of the open window, as they are awake."""
+        return Memory(0) if self.now is None else self.now.memory
+
+    @memory.setter
+    def memory(self, memory: Memory) -> None:
+        self._replace(memory=memory)
+
+    @property
+    def at_start(self) -> dict[LayerKey, LayerState]:
+        """Fast-weight state at the start of each row's open window."""
+        return {} if self.now is None else self.now.at_start
+
+    @at_start.setter
+    def at_start(self, at_start: dict[LayerKey, LayerState]) -> None:
+        self._replace(at_start=at_start)
+
+    @property
+    def open_ids(self) -> Tensor | None:
+        """Ids of the open window, [B, L], of which row r has filled ``open_lengths[r]``."""
+        return None if self.now is None else self.now.open_ids
+
+    @property
+    def open_lengths(self) -> list[int]:
+        """Tokens in the open window, per row."""
+        return [] if self.now is None else list(self.now.open_lengths)
+
+    @property
+    def seen(self) -> list[int]:
+        """Tokens read, per row."""
+        return [] if self.now is None else list(self.now.seen)
+
+    @property
+    def windows(self) -> list[int]:
+        """Windows consolidated, per row."""
+        return [] if self.now is None else list(self.now.windows)
+
+    @property
+    def passes(self) -> list[int]:
+        """Passes of the latest sleep, per row; 0 before the first."""
+        return [] if self.now is None else list(self.now.passes)
+
+    @property
+    def pending(self) -> list[list[int]]:
+        """Ids that belong to the text but are read with the next call only: `generate` does not read its last."""
+        if self.now is None or not self.now.pending:
+            return [[] for _ in self.seen]
+        return [ids.tolist() for ids in self.now.pending]
+
+    def _replace(self, **parts: Any) -> None:
+        if self.now is None:
+            raise ValueError(
+                f"expected a session that has read something, to set its {', '.join(parts)}, got an empty one"
             )
-        elif len(self.seen) != batch_size:
-            raise CacheMismatchError(
-                f"expected {len(self.seen)} rows as in the calls before, got {batch_size}; "
-                "start a new SleepCache() or pick rows with cache.batch_select_indices"
-            )
-
-    def get_batch_size(self) -> int:
-        """Rows, 0 before the first call."""
-        return len(self.seen)
+        self.now = replace(self.now, **parts)
 
     @property
     def state_bytes(self) -> int:
@@ -107,82 +125,74 @@ class SleepCache(Cache):
         """Bytes of keys and values: at most one window (sliding: two)."""
         return sum(_bytes(tensor) for pair in self.memory.kv.values() for tensor in pair)
 
-    # --- windows (called by sleep.py) ------------------------------------------------------------------------------
+    def get_batch_size(self) -> int:
+        """Rows, 0 before the first call."""
+        return len(self.seen)
 
-    def sleeps_ahead(self, lengths: Sequence[int], window_size: int) -> list[int]:
-        """How often each row will sleep while it reads ``lengths`` more tokens."""
-        # A full window sleeps only when a token follows it, hence the -1.
-        totals = [have + new for have, new in zip(self.open_lengths, lengths, strict=True)]
-        return [max(0, total - 1) // window_size if new else 0 for total, new in zip(totals, lengths, strict=True)]
+    def __len__(self) -> int:
+        return len(self.memory.kv)
 
-    def next_window(
-        self, rows: Sequence[int], input_ids: Tensor, done: Sequence[int], take: dict[int, int], sliding: bool
-    ) -> Window:
-        """The next ``take[row]`` tokens of each row, left-aligned."""
-        lengths = tuple(take[row] for row in rows)
-        width = max(lengths)
-        starts = [done[row] for row in rows]
-        if len(set(starts)) == 1:
-            ids = input_ids[_index(rows, input_ids), starts[0] : starts[0] + width]
-        else:
-            columns = torch.tensor(starts)[:, None] + torch.arange(width)[None, :]
-            columns = columns.clamp_(max=input_ids.shape[1] - 1).to(input_ids.device)
-            ids = input_ids[_index(rows, input_ids)].gather(1, columns)
-        firsts = tuple(self.seen[row] if sliding else self.open_lengths[row] for row in rows)
-        return Window(ids, lengths, firsts)
+    def __repr__(self) -> str:
+        return f"SleepCache(rows={len(self.seen)}, seen={self.seen}, open={self.open_lengths}, windows={self.windows})"
 
-    def append(self, rows: Sequence[int], input_ids: Tensor, done: Sequence[int], take: dict[int, int]) -> None:
-        """Count the tokens in and keep their ids for the replay."""
-        assert self.open_ids is not None
-        width = max(take[row] for row in rows)
-        offset = torch.arange(width)[None, :]
-        counts = torch.tensor([take[row] for row in rows])[:, None]
-        row_index = torch.tensor(list(rows))[:, None].expand(-1, width)
-        source = torch.tensor([done[row] for row in rows])[:, None] + offset
-        target = torch.tensor([self.open_lengths[row] for row in rows])[:, None] + offset
-        real = offset < counts
-        device = self.open_ids.device
-        row_at, source_at, target_at = (index[real].to(device) for index in (row_index, source, target))
-        self.open_ids = self.open_ids.index_put((row_at, target_at), input_ids[row_at, source_at])
-        for row in rows:
-            self.open_lengths[row] += take[row]
-            self.seen[row] += take[row]
+    # --- called by the model ---------------------------------------------------------------------------------------
 
-    def open_window(self, rows: Sequence[int], sliding: bool) -> Window:
-        """The open window of each row as sleep replays it."""
-        assert self.open_ids is not None
-        lengths = tuple(self.open_lengths[row] for row in rows)
-        ids = self.open_ids[_index(rows, self.open_ids), : max(lengths)]
-        firsts = tuple(self.seen[row] - self.open_lengths[row] if sliding else 0 for row in rows)
-        return Window(ids, lengths, firsts)
+    def begin(self, owner: str, batch_size: int, window_size: int, device: torch.device) -> Snapshot:
+        """What a call of this model and batch goes on from.
 
-    def before_window(self, rows: Sequence[int]) -> Memory:
-        """The memory at the start of each row's open window: the state then, and the keys retained then."""
-        memory = Memory(self.memory.batch_size, self.at_start, self.memory.kv, self.memory.kv_lengths)
-        return memory.select(rows).first_keys([self.retained[row] for row in rows])
+        Raises:
+            CacheMismatchError: if the session belongs to another.
+        """
+        if self.now is None:
+            return Snapshot.empty(owner, batch_size, window_size, device, kept=True, fixed_shapes=self.fixed_shapes)
+        if self.now.owner != owner:
+            raise CacheMismatchError(
+                f"expected a cache of this model ({owner}), got one of another ({self.now.owner}); "
+                "start a new SleepCache() or call cache.reset()"
+            )
+        if self.now.batch_size != batch_size:
+            raise CacheMismatchError(
+                f"expected {self.now.batch_size} rows as in the calls before, got {batch_size}; "
+                "start a new SleepCache() or pick rows with cache.batch_select_indices"
+            )
+        return self.now
 
-    def close_window(self, rows: Sequence[int], memory: Memory) -> None:
-        """Put what sleep left in the place of the open window; gone is everything else of it (contract 5)."""
-        at_start = Memory(self.memory.batch_size, self.at_start)
-        self.at_start = at_start.put(rows, Memory(memory.batch_size, memory.state)).state
-        self.memory = self.memory.put(rows, memory)
-        for row, length in zip(rows, memory.kv_lengths, strict=True):
-            self.open_lengths[row] = 0
-            self.retained[row] = length
-            self.windows[row] += 1
+    def unread(self, input_ids: Tensor, real: Tensor) -> list[Tensor]:
+        """What of whole conversations, ids [B, T] of which some are real, each row has not read yet.
+
+        Raises:
+            CacheMismatchError: if a row does not begin with what the session has read.
+        """
+        assert self.now is not None and self.now.digest is not None
+        seen = self.now.seen
+        rows = [ids[mask] for ids, mask in zip(input_ids, real, strict=True)]
+        shown = max(seen)
+        begun = torch.stack([torch.nn.functional.pad(ids[:shown], (0, shown - min(shown, len(ids)))) for ids in rows])
+        mine = extend(self.now.digest, self.now.open_ids, self.now.open_lengths)
+        given = extend(torch.zeros_like(self.now.digest), begun, seen)
+        for row, (ids, same) in enumerate(zip(rows, mine.eq(given).tolist(), strict=True)):
+            if len(ids) <= seen[row] or not same:
+                raise CacheMismatchError(
+                    f"expected the whole conversation, which begins with the {seen[row]} tokens that row {row} of the "
+                    f"session has read and goes on after them, got {len(ids)} tokens "
+                    f"{'that begin so' if same and len(ids) == seen[row] else 'of another text'}; to send only what "
+                    "is new, generate(new_ids, past_key_values=cache, new_tokens=True)"
+                )
+        return [ids[count:] for ids, count in zip(rows, seen, strict=True)]
 
     # --- what transformers asks of a cache -------------------------------------------------------------------------
 
-    is_compileable = False
-    is_croppable = False
-
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns of ``input_ids`` consumed, padding included: where `generate` goes on."""
-        return self.columns
+        """Columns of ``input_ids`` consumed, padding included."""
+        return 0 if self.now is None else self.now.columns
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1: a session has no end."""
         return -1
+
+    def crop(self, max_length: int) -> None:
+        """Keep the first ``max_length`` columns, or all but the last ``-max_length``; see `rewind`."""
+        self.rewind(-max_length if max_length < 0 else max(0, self.get_seq_length() - max_length))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows in another order (beam search)."""
@@ -190,34 +200,84 @@ class SleepCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row ``repeats`` times in a row."""
-        rows = [row for row in range(len(self.seen)) for _ in range(repeats)]
-        self.batch_select_indices(torch.tensor(rows))
+        self.batch_select_indices([row for row in range(len(self.seen)) for _ in range(repeats)])
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Only some rows, in the order given."""
-        rows = [int(row) for row in indices.tolist()]
-        if self.owner is None:
+    def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
+        """Only some rows, in the order given.
+
+        Args:
+            indices: their numbers, or a mask of one bool per row.
+
+        Raises:
+            ValueError: for rows that there are not.
+        """
+        if self.now is None:
             return
-        assert self.open_ids is not None
-        at_start = Memory(self.memory.batch_size, self.at_start).select(rows)
-        self.memory, self.at_start = self.memory.select(rows), at_start.state
-        self.open_ids = self.open_ids[_index(rows, self.open_ids)]
-        for name in _COUNTS:
-            values = getattr(self, name)
-            setattr(self, name, [values[row] for row in rows])
+        batch = self.now.batch_size
+        chosen: list[Any] = indices.tolist() if isinstance(indices, Tensor) else [*indices]
+        if all(isinstance(row, bool) for row in chosen) and len(chosen) == batch:
+            chosen = [row for row, taken in enumerate(chosen) if taken]
+        if not chosen or any(isinstance(row, bool) or not isinstance(row, int) for row in chosen):
+            raise ValueError(f"expected row numbers, or {batch} booleans of which one is true, got {indices!r}")
+        if any(not -batch <= row < batch for row in chosen):
+            raise ValueError(f"expected rows from 0 to {batch - 1}, got {chosen}")
+        self.now = self.now.select([row % batch for row in chosen])
+
+    # --- a session as a value --------------------------------------------------------------------------------------
 
     def clone(self) -> SleepCache:
-        """An independent copy: reading on from one leaves the other as it is. Shares tensors, which never change."""
-        other = SleepCache()
-        other.__dict__.update(self.__dict__)
-        for name in _COUNTS:
-            setattr(other, name, list(getattr(self, name)))
+        """An independent copy at no cost: reading on from one leaves the other as it is."""
+        other = SleepCache(self.fixed_shapes)
+        other.now = self.now
         return other
+
+    def rewind(self, n: int | Sequence[int]) -> None:
+        """Take back the last ``n`` tokens of every row (or n per row), at most to the start of the open window.
+
+        What is left of the open window is read again with the next call.
+
+        Raises:
+            ValueError: for more tokens than are awake: what was slept on is in the state for good.
+        """
+        counts = [n] * len(self.seen) if isinstance(n, int) else list(n)
+        if any(isinstance(count, bool) or not isinstance(count, int) or count < 0 for count in counts):
+            raise ValueError(f"expected how many tokens to take back, 0 or more, got {n!r}")
+        if self.now is None:
+            if any(counts) or n:
+                raise ValueError(f"expected to take back at most 0 tokens of an empty session, got {n!r}")
+            return
+        if len(counts) != self.now.batch_size:
+            raise ValueError(f"expected one number per row ({self.now.batch_size}), got {n!r}")
+        self.now = self.now.rewind(counts)
+
+    @staticmethod
+    def join(caches: Sequence[SleepCache]) -> SleepCache:
+        """The rows of several sessions of one model as one batch.
+
+        Raises:
+            CacheMismatchError: for sessions of different models, or none that has read something.
+        """
+        parts = [cache.now for cache in caches if cache.now is not None]
+        if not parts or len(parts) != len(caches) or len({part.owner for part in parts}) != 1:
+            owners = [cache.owner for cache in caches]
+            raise CacheMismatchError(f"expected sessions of one model that have read something, got owners {owners}")
+        joined = SleepCache(caches[0].fixed_shapes)
+        joined.now = Snapshot.join(parts)
+        return joined
+
+    def split(self) -> list[SleepCache]:
+        """One session per row."""
+        parts = []
+        for row in range(len(self.seen)):
+            part = self.clone()
+            part.batch_select_indices([row])
+            parts.append(part)
+        return parts
 
     def detach_(self) -> SleepCache:
         """Cut the gradient: what was read so far becomes a constant."""
-        self.memory = self.memory.map(Tensor.detach)
-        self.at_start = Memory(self.memory.batch_size, self.at_start).map(Tensor.detach).state
+        if self.now is not None:
+            self.now = self.now.map(Tensor.detach)
         return self
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SleepCache:
@@ -234,28 +294,27 @@ class SleepCache(Cache):
                 "leave the state as it is, the model may still be half precision"
             )
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device)
-
-        self.memory = self.memory.map(move)
-        self.at_start = Memory(self.memory.batch_size, self.at_start).map(move).state
-        if self.open_ids is not None:
-            self.open_ids = self.open_ids.to(device)
+        if self.now is not None:
+            self.now = self.now.map(lambda tensor: tensor.to(device), ids=True)
         return self
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the session to one safetensors file, beside and renamed. Whoever loads it needs the same model."""
-        if self.owner is None or self.open_ids is None:
+        if self.now is None:
             raise ValueError("expected a cache that has read something, got an empty one")
-        tensors = {"open_ids": self.open_ids}
-        for prefix, state in (("state", self.memory.state), ("start", self.at_start)):
+        now = self.now
+        tensors = {"open_ids": now.open_ids}
+        if now.digest is not None:
+            tensors["digest"] = now.digest
+        tensors |= {f"pending.{row}": ids for row, ids in enumerate(now.pending)}
+        for prefix, state in (("state", now.memory.state), ("start", now.at_start)):
             for (index, place), layer in state.items():
                 parts = {"conv": layer.conv, "recurrent": layer.recurrent}
                 tensors |= {f"{prefix}.{index}.{place}.{n}": t for n, t in parts.items() if t is not None}
-        for index, (keys, values) in self.memory.kv.items():
+        for index, (keys, values) in now.memory.kv.items():
             tensors |= {f"keys.{index}": keys, f"values.{index}": values}
-        counts = {name: getattr(self, name) for name in (*_COUNTS, "owner", "columns")}
-        manifest = {"version": _VERSION, "kv_lengths": list(self.memory.kv_lengths), **counts}
+        counts = {name: getattr(now, name) for name in _SAVED}
+        manifest = {"version": _VERSION, "kv_lengths": now.memory.kv_lengths, **counts}
         path = Path(path)
         draft = path.with_name(f".{path.name}.new")
         try:
@@ -283,8 +342,7 @@ class SleepCache(Cache):
                 f"expected a session of version {_VERSION} in {path}, got {manifest.get('version')}; "
                 "read the text again"
             )
-        cache = cls()
-        states: dict[str, dict[tuple[int, int], dict[str, Tensor]]] = {"state": {}, "start": {}}
+        states: dict[str, dict[LayerKey, dict[str, Tensor]]] = {"state": {}, "start": {}}
         kv: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             kind, *rest = name.split(".")
@@ -296,26 +354,21 @@ class SleepCache(Cache):
                 states[kind].setdefault((int(rest[0]), int(rest[1])), {})[rest[2]] = tensor
             elif kind in ("keys", "values"):
                 kv.setdefault(int(rest[0]), {})[kind] = tensor
-        cache.open_ids = tensors["open_ids"]
-        for name in (*_COUNTS, "owner", "columns"):
-            setattr(cache, name, manifest[name])
-        state, cache.at_start = ({k: LayerState(**parts) for k, parts in states[kind].items()} for kind in states)
+        counts: dict[str, Any] = {name: tuple(v) if isinstance(v := manifest[name], list) else v for name in _SAVED}
+        state, at_start = ({k: LayerState(**parts) for k, parts in states[kind].items()} for kind in states)
         pairs = {index: (pair["keys"], pair["values"]) for index, pair in kv.items()}
-        cache.memory = Memory(len(cache.seen), state, pairs, tuple(manifest["kv_lengths"]))
+        memory = Memory(len(counts["seen"]), state, pairs, tuple(manifest["kv_lengths"]))
+        pending = tuple(tensors[f"pending.{row}"] for row in range(len(counts["seen"])) if f"pending.{row}" in tensors)
+        cache = cls(counts["fixed_shapes"])
+        cache.now = Snapshot(
+            memory=memory,
+            at_start=at_start,
+            open_ids=tensors["open_ids"],
+            digest=tensors.get("digest"),
+            pending=pending,
+            **counts,
+        )
         return cache
-
-    def __len__(self) -> int:
-        return len(self.memory.kv)
-
-    def __repr__(self) -> str:
-        return f"SleepCache(rows={len(self.seen)}, seen={self.seen}, open={self.open_lengths}, windows={self.windows})"
-
-
-def _index(rows: Sequence[int], like: Tensor) -> Tensor | slice:
-    """Rows as an index; a slice, which copies nothing, where all rows are meant."""
-    if list(rows) == list(range(like.shape[0])):
-        return slice(None)
-    return torch.tensor(list(rows), device=like.device)
 
 
 def _bytes(tensor: Tensor | None) -> int:

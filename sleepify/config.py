@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from sleepify.settings import Settings
+
 RULES = ("gdn", "jet", "mamba2")
-EVICTIONS = ("hard", "sliding")
-CHECKPOINTS = ("none", "window", "loop")
 
 
 @dataclass
@@ -72,7 +72,7 @@ class FastWeightConfig:
         return asdict(self)
 
 
-class SleepConfig(PreTrainedConfig):
+class SleepConfig(Settings, PreTrainedConfig):
     """How a model sleeps. Saved as the ``config.json`` of a sleep-enabled checkpoint, with the base's inside.
 
     Args:
@@ -99,16 +99,7 @@ class SleepConfig(PreTrainedConfig):
     is_composition: ClassVar[bool] = True
 
     text_config: Any = None
-    n_loops: int = 4
-    window_size: int | None = None
-    eviction: str = "hard"
-    loop_range: Any = None
     fast_weights: Any = None
-    checkpoint: str = "none"
-    backprop_loops: int | None = None
-    backprop_windows: int | None = None
-    offload: bool = False
-    check_finite: bool = False
     fast_weights_only: bool = False
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
@@ -130,19 +121,9 @@ class SleepConfig(PreTrainedConfig):
         """Check every field of its own (those that need the base are checked where the base is known)."""
         if self.fast_weights is not None and not isinstance(self.fast_weights, FastWeightConfig):
             raise TypeError(f"expected fast_weights to be a FastWeightConfig or a dict, got {self.fast_weights!r}")
-        for name in ("n_loops", "window_size", "backprop_loops", "backprop_windows"):
-            value = getattr(self, name)
-            if value is None and name != "n_loops":
-                continue
-            check_positive(name, value)
-        for name, allowed in (("eviction", EVICTIONS), ("checkpoint", CHECKPOINTS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"expected {name} to be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        self.check()
         if self.loop_range is not None:
-            bounds = list(self.loop_range)
-            if len(bounds) != 2 or not all(isinstance(b, int) for b in bounds) or not 0 <= bounds[0] < bounds[1]:
-                raise ValueError(f"expected loop_range=(start, stop) with 0 <= start < stop, got {self.loop_range!r}")
-            self.loop_range = bounds
+            self.loop_range = list(self.loop_range)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; says what to install to open the checkpoint."""
@@ -151,17 +132,6 @@ class SleepConfig(PreTrainedConfig):
             output["fast_weights"] = self.fast_weights.to_dict()
         output["requires"] = "pip install sleepify, then `import sleepify` before AutoModelForCausalLM.from_pretrained"
         return output
-
-
-def check_positive(name: str, value: Any) -> int:
-    """``value`` if it is a whole number of at least 1.
-
-    Raises:
-        ValueError: if not, naming the field.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"expected {name} to be a whole number of at least 1, got {value!r}")
-    return value
 
 
 def _nested(values: dict[str, Any]) -> PreTrainedConfig:

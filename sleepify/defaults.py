@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 from transformers import PreTrainedConfig
 
 from sleepify.config import FastWeightConfig, SleepConfig
@@ -11,7 +13,7 @@ MAX_DEFAULT_WINDOW = 2048
 
 
 def resolve(config: SleepConfig) -> SleepConfig:
-    """Fill in every field that was left open, and check those that depend on the base. Idempotent.
+    """A copy with every field that was left open filled in, checked, also where that takes the base.
 
     Raises:
         ValueError: for a window, a loop range or a place of insertion that this base does not have.
@@ -20,6 +22,8 @@ def resolve(config: SleepConfig) -> SleepConfig:
     base = config.text_config
     if base is None:
         raise ValueError("expected text_config, the configuration of the base model, got None")
+    config = copy.copy(config)
+    config.validate_sleep()
     kinds = layer_kinds(base)
     longest = getattr(base, "max_position_embeddings", None)
     window_size = config.window_size

@@ -115,7 +115,7 @@ class Host:
             old = torch.arange(columns, device=device)[None, :] >= columns - remembered
             new = steps < torch.tensor(lengths, device=device)[:, None]
             valid = torch.cat([old, new], 1)
-        past = WindowCache(columns, width, fixed_shapes=memory.fixed)
+        past = WindowCache(columns, width, fixed_shapes=memory.room > 0)
         masks = {
             reach: self._mask(reach, hidden, valid, past, position_ids)
             for reach in {self._reach(i) for i in self._attends()}

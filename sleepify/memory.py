@@ -15,7 +15,6 @@ from torch import Tensor
 
 # (i, 0) is layer i of the host, (i, 1) the fast-weight layer inserted after it: sorted, the order in which they run.
 LayerKey = tuple[int, int]
-Rows = Sequence[int]
 
 
 class LayerState(NamedTuple):
@@ -40,14 +39,14 @@ class Memory:
         kv: keys and values per attention layer of the host, [B, H, S, d] each; row r holds its entries in the *last*
             ``kv_lengths[r]`` of the S columns, so that one more token is one more column for every row.
         kv_lengths: entries per row.
-        fixed: whether columns stay that no row has filled, see `with_columns`.
+        room: columns that stay whether a row has filled them or not, 0 for none; see `with_room`.
     """
 
     batch_size: int
     state: dict[LayerKey, LayerState] = field(default_factory=dict)
     kv: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     kv_lengths: tuple[int, ...] = ()
-    fixed: bool = False
+    room: int = 0
 
     def __post_init__(self) -> None:
         if not self.kv_lengths:
@@ -73,27 +72,32 @@ class Memory:
         }
         return replace(self, state=state, kv={i: (function(k), function(v)) for i, (k, v) in self.kv.items()})
 
-    def select(self, rows: Rows) -> Memory:
+    def not_finite(self) -> LayerKey | None:
+        """The first layer whose state holds NaN or infinity; looking waits for the device."""
+        for key, layer in sorted(self.state.items()):
+            if not all(tensor is None or bool(torch.isfinite(tensor).all()) for tensor in layer):
+                return key
+        return None
+
+    def select(self, rows: Sequence[int]) -> Memory:
         """The memory of some rows, in that order; columns that none of them uses are dropped."""
-        if list(rows) == list(range(self.batch_size)):
+        if _is_all(rows, self.batch_size):
             return self
-        index = None
         lengths = tuple(self.kv_lengths[row] for row in rows)
         columns = max(lengths, default=0)
+        index = _Index(rows)
 
         def pick(tensor: Tensor) -> Tensor:
-            nonlocal index
-            if index is None or index.device != tensor.device:
-                index = torch.tensor(list(rows), device=tensor.device)
-            return tensor.index_select(0, index)
+            return tensor.index_select(0, index.on(tensor.device))
 
         picked = replace(self, batch_size=len(rows), kv_lengths=lengths).map(pick)
         return replace(picked, kv={i: (_last(k, columns), _last(v, columns)) for i, (k, v) in picked.kv.items()})
 
-    def put(self, rows: Rows, other: Memory) -> Memory:
+    def put(self, rows: Sequence[int], other: Memory) -> Memory:
         """This memory with ``other`` (one row per entry of ``rows``) in the place of these rows."""
-        if list(rows) == list(range(self.batch_size)):
+        if _is_all(rows, self.batch_size):
             return other
+        index = _Index(rows)
         lengths = list(self.kv_lengths)
         for row, length in zip(rows, other.kv_lengths, strict=True):
             lengths[row] = length
@@ -104,7 +108,7 @@ class Memory:
                 return mine
             if mine is None:
                 mine = theirs.new_zeros(self.batch_size, *theirs.shape[1:])
-            return mine.index_copy(0, torch.tensor(list(rows), device=theirs.device), theirs)
+            return mine.index_copy(0, index.on(theirs.device), theirs)
 
         state = dict(self.state)
         for key, layer in other.state.items():
@@ -126,6 +130,16 @@ class Memory:
             kv[layer_index] = (pairs[0], pairs[1])
         return Memory(self.batch_size, state, kv, tuple(lengths))
 
+    def or_zeros(self, like: Memory) -> Memory:
+        """With zeros for the layers of which only ``like``, a memory of other rows, has a state."""
+        state = {
+            key: LayerState(
+                *(None if tensor is None else tensor.new_zeros(self.batch_size, *tensor.shape[1:]) for tensor in layer)
+            )
+            for key, layer in like.state.items()
+        }
+        return replace(self, state=state | self.state)
+
     def reenter(self, at_start: Memory, start: int, stop: int) -> Memory:
         """This memory as another pass over layers [start, stop) of the same window must find it (contract 5, 6).
 
@@ -144,7 +158,7 @@ class Memory:
         """The memory after ``width`` columns were appended of which row r filled the first ``lengths[r]``."""
         have = self.columns
         total = tuple(before + new for before, new in zip(self.kv_lengths, lengths, strict=True))
-        columns = have if self.fixed else max(total, default=0)
+        columns = self.room or max(total, default=0)
         if not self.kv or all(length == width for length in lengths):
             kv = {i: (_last(k, columns), _last(v, columns)) for i, (k, v) in self.kv.items()}
         else:
@@ -154,10 +168,11 @@ class Memory:
             kv = {i: (_gather(k, source), _gather(v, source)) for i, (k, v) in self.kv.items()}
         return replace(self, kv=kv, kv_lengths=total)
 
-    def with_columns(self, columns: int) -> Memory:
-        """Exactly so many columns, filled or not, and all those of later tokens too: the same shapes at every token."""
+    def with_room(self, columns: int, n_tokens: int) -> Memory:
+        """So many columns, filled or not, once ``n_tokens`` more are read, and after every later token too."""
+        before = max(columns - n_tokens, max(self.kv_lengths, default=0))
         return replace(
-            self, kv={i: (_last(k, columns), _last(v, columns)) for i, (k, v) in self.kv.items()}, fixed=True
+            self, kv={i: (_last(k, before), _last(v, before)) for i, (k, v) in self.kv.items()}, room=columns
         )
 
     def first_keys(self, counts: Sequence[int]) -> Memory:
@@ -176,12 +191,34 @@ class Memory:
         lengths = tuple(min(length, count) for length in self.kv_lengths)
         columns = max(lengths, default=0)
         if not columns:
-            return replace(self, kv={}, kv_lengths=lengths, fixed=False)
+            return replace(self, kv={}, kv_lengths=lengths, room=0)
         if columns == self.columns:
-            return replace(self, kv_lengths=lengths, fixed=False)
+            return replace(self, kv_lengths=lengths, room=0)
         # A copy, because a view would keep the evicted part alive.
         kv = {i: (_last(k, columns).clone(), _last(v, columns).clone()) for i, (k, v) in self.kv.items()}
-        return replace(self, kv=kv, kv_lengths=lengths, fixed=False)
+        return replace(self, kv=kv, kv_lengths=lengths, room=0)
+
+
+class _Index:
+    """Row numbers on the devices where they are needed, copied to each once and without waiting for it."""
+
+    def __init__(self, rows: Sequence[int]) -> None:
+        self.rows = torch.tensor(rows)
+        self.copies: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        if device not in self.copies:
+            self.copies[device] = self.rows.to(device, non_blocking=True)
+        return self.copies[device]
+
+
+def index_of(rows: Sequence[int], like: Tensor) -> Tensor | slice:
+    """Rows as an index; a slice, which copies nothing, where all rows of ``like`` are meant."""
+    return slice(None) if _is_all(rows, like.shape[0]) else _Index(rows).on(like.device)
+
+
+def _is_all(rows: Sequence[int], batch_size: int) -> bool:
+    return len(rows) == batch_size and all(row == place for place, row in enumerate(rows))
 
 
 def _last(tensor: Tensor, columns: int) -> Tensor:

@@ -5,30 +5,34 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from sleepify import sleep as algorithm
 from sleepify.cache import SleepCache
-from sleepify.config import SleepConfig, check_positive
+from sleepify.config import SleepConfig
 from sleepify.defaults import resolve
 from sleepify.fast_weights import LAYERS, FastWeightLayer
+from sleepify.generation import SleepGeneration
 from sleepify.hosts import Host, host_class
-from sleepify.rows import IGNORE, Rows
+from sleepify.loss import check_count, summed_cross_entropy
+from sleepify.memory import Memory
+from sleepify.rows import Rows
+from sleepify.schedule import Schedule, Sleep, schedule
+from sleepify.settings import SETTINGS, Settings, check_positive
+from sleepify.snapshot import Snapshot
 
-_LOSS_PIECE = 512
 _INCIDENTAL = {"dtype", "torch_dtype", "architectures", "transformers_version", "_name_or_path", "use_cache"}
 
 
-class SleepForCausalLM(PreTrainedModel, GenerationMixin):
+class SleepForCausalLM(SleepGeneration, PreTrainedModel):
     """A base model that consolidates full windows of its context into fast weights.
 
     Made by `sleepify.sleepify(base)` or loaded with ``from_pretrained``. Contains the base as ``language_model`` and
@@ -53,7 +57,8 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
     _skip_keys_device_placement = ["past_key_values"]
 
     def __init__(self, config: SleepConfig, language_model: PreTrainedModel | None = None) -> None:
-        super().__init__(resolve(config))
+        config = resolve(config)
+        super().__init__(config)
         if language_model is None:
             language_model = AutoModelForCausalLM.from_config(config.text_config)
         else:
@@ -70,7 +75,12 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         for module in language_model.modules():
             if getattr(module, "gradient_checkpointing", False):
                 module.gradient_checkpointing = False
-        self._recompute = config.checkpoint
+        # None: as config.checkpoint says.
+        self._recompute: bool | None = None
+        self._inserted = replace(config.fast_weights)
+        self._checked: tuple[Any, Settings | None] = (None, None)
+        self._host: tuple[Any, Host | None] = (None, None)
+        self.watch: Callable[[Sleep, Memory], None] | None = None
         # What a saved session must agree with, wherever and in whatever precision the model was loaded.
         base = {name: value for name, value in config.text_config.to_dict().items() if name not in _INCIDENTAL}
         described = [base, config.fast_weights.to_dict(), config.base_fingerprint]
@@ -90,14 +100,16 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def blocks(self) -> Host:
-        """The base and the inserted layers as the algorithm drives them."""
-        config = self.config
-        return host_class(config.text_config)(
-            self.language_model,
-            dict(zip(config.fast_weights.layers, self.fast_weights, strict=True)),
-            tuple(config.loop_range),
-            config.window_size if config.eviction == "sliding" else None,
-        )
+        """The base and the inserted layers as the algorithm drives them; built anew when one of them is another."""
+        settings = self.options()
+        window = settings.window_size if settings.sliding else None
+        made_of = (id(self.language_model), *map(id, self.fast_weights), settings.loop_range, window)
+        known, host = self._host
+        if host is None or known != made_of:
+            inserted = dict(zip(self._inserted.layers or [], self.fast_weights, strict=True))
+            host = host_class(self.config.text_config)(self.language_model, inserted, settings.loop_range, window)
+            self._host = (made_of, host)
+        return host
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -151,32 +163,52 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         # transformers' activation_checkpointing_enable, which Trainer calls, arrives here with its defaults.
         if other := {name: value for name, value in kwargs.items() if value not in (None, False, 1)}:
             raise ValueError(f"expected every_n_layers=1 and offload=False, got {other}; set config.checkpoint instead")
-        self._recompute = "loop" if self.config.checkpoint == "none" else self.config.checkpoint
+        self._recompute = True
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep all activations."""
-        self._recompute = "none"
+        self._recompute = False
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """Whether activations are recomputed."""
+        return self.options().checkpoint != "none"
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        """Whether activations are recomputed."""
-        return self._recompute != "none"
+        """What transformers before 5.23 asks."""
+        return self.is_activation_checkpointing
 
     # --- forward ---------------------------------------------------------------------------------------------------
 
-    def options(self, n_loops: int | None = None) -> algorithm.Options:
-        """How this model sleeps, with another N if given."""
-        config = self.config
-        return algorithm.Options(
-            n_loops=config.n_loops if n_loops is None else check_positive("n_loops", n_loops),
-            window_size=config.window_size,
-            sliding=config.eviction == "sliding",
-            checkpoint=self._recompute,
-            backprop_loops=config.backprop_loops,
-            backprop_windows=config.backprop_windows,
-            check_finite=config.check_finite,
-            offload=config.offload,
-        )
+    def options(self, n_loops: int | None = None) -> Settings:
+        """How this model sleeps now, checked: ``config`` may be changed at any time.
+
+        Args:
+            n_loops: another N.
+
+        Raises:
+            ValueError: for a value that this base cannot have.
+        """
+        config: Any = self.config
+        raw = [getattr(config, name) for name in SETTINGS]
+        now = (*(tuple(value) if isinstance(value, list) else value for value in raw), self._recompute)
+        known, settings = self._checked
+        if settings is None or known != now or any(type(a) is not type(b) for a, b in zip(known, now, strict=True)):
+            if config.fast_weights != self._inserted:
+                raise ValueError(
+                    f"expected config.fast_weights as they were inserted, {self._inserted}, got {config.fast_weights}; "
+                    "layers cannot be changed in place: unload() and sleepify() again"
+                )
+            whole = resolve(config)
+            values = {name: getattr(whole, name) for name in SETTINGS}
+            values["loop_range"] = tuple(whole.loop_range)
+            if self._recompute is not None:
+                asked = "loop" if whole.checkpoint == "none" else whole.checkpoint
+                values["checkpoint"] = asked if self._recompute else "none"
+            settings = Settings(**values)
+            self._checked = (now, settings)
+        return settings if n_loops is None else replace(settings, n_loops=check_positive("n_loops", n_loops))
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -230,97 +262,144 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"expected {', '.join(asked)} to be off, got it on: sleep replays the ids of a window")
         if past_key_values is not None and not isinstance(past_key_values, SleepCache):
             raise ValueError(f"expected past_key_values to be a SleepCache, got {type(past_key_values).__name__}")
-        tokens = Rows.align(input_ids, attention_mask, past_key_values)
-        if labels is not None and labels.shape != input_ids.shape:
-            raise ValueError(
-                f"expected labels of the shape of input_ids, {tuple(input_ids.shape)}, got {tuple(labels.shape)}"
-            )
+        settings = self.options(n_loops)
+        blocks = self.blocks
+        cache = past_key_values
+        kept = labels is None if use_cache is None else use_cache
+        session, tokens = self._take_in(input_ids, attention_mask, labels, awake, logits_to_keep, cache, settings, kept)
         if use_cache is None:
             wanted_by_default = labels is None and not self.training and not tokens.right_padded
-            use_cache = past_key_values is not None or wanted_by_default
-        cache = past_key_values
-        if cache is None:
-            if use_cache and tokens.right_padded:
+            use_cache = cache is not None or wanted_by_default
+        if use_cache and cache is None:
+            if tokens.right_padded:
                 raise ValueError(
                     "expected left-padded rows with a cache, got right-padded ones; "
                     "set tokenizer.padding_side = 'left' or use_cache=False"
                 )
             cache = SleepCache()
-        options = replace(self.options(n_loops), uniform=awake is not None)
-        cache.bind(self._owner(), input_ids.shape[0], options.window_size, input_ids.device)
-
-        kept = tokens.columns(logits_to_keep, default_all=labels is None)
-        targets = None if labels is None else tokens.targets(labels)
-        wanted = tokens.aligned(kept)
-        if targets is not None:
-            wanted = wanted | (targets != IGNORE)
-        if awake is not None:
-            wanted = wanted | tokens.places(awake)
-        wanted = wanted.cpu()
-
-        blocks = self.blocks
-        readings = algorithm.read(blocks, cache, tokens.ids, tokens.lengths, wanted, options, keep=use_cache)
-        cache.columns += input_ids.shape[1]
-
-        hidden, rows, columns = self._gather(readings)
-        loss = None
-        if targets is not None:
-            aims = targets[rows.to(targets.device), columns.to(targets.device)]
-            loss = _loss(blocks.logits, hidden, aims, num_items_in_batch, whole=options.uniform)
-        logits = None
-        if kept.numel():
-            scores = blocks.logits(hidden)
-            logits = tokens.spread(scores, rows.to(scores.device), columns.to(scores.device), kept)
+        check_count(num_items_in_batch)
+        plan = schedule(
+            session.open_lengths,
+            tokens.lengths,
+            tokens.wanted,
+            settings.window_size,
+            keep=use_cache,
+            mixes_lengths=blocks.masks_padding,
+            may_share=settings.may_share and awake is None,
+            backprop_windows=settings.backprop_windows if torch.is_grad_enabled() else None,
+        )
+        session, pieces = algorithm.read(
+            blocks, session, tokens.ids, plan.rounds, settings, keep=use_cache, watch=self.watch
+        )
+        loss, logits = self._predict(blocks, pieces, plan, tokens, num_items_in_batch, whole=awake is not None)
+        if use_cache and cache is not None:
+            # What is read outside training is a constant: a session must not hold every graph since its beginning.
+            session = session if self.training else session.map(Tensor.detach)
+            cache.now = replace(session, columns=session.columns + input_ids.shape[1])
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
 
-    def _gather(self, readings: list[algorithm.Reading]) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states of all wanted tokens [M, D], and their rows and columns [M]."""
-        if not readings:
-            embeddings: Any = self.get_input_embeddings()
-            nothing = torch.zeros(0, dtype=torch.long)
-            return embeddings.weight.new_zeros(0, self.config.text_config.hidden_size), nothing, nothing
-        return (
-            torch.cat([reading.hidden_states for reading in readings]),
-            torch.cat([reading.rows for reading in readings]),
-            torch.cat([reading.columns for reading in readings]),
-        )
+    def _take_in(
+        self,
+        input_ids: Tensor,
+        mask: Tensor | None,
+        labels: Tensor | None,
+        awake: Tensor | None,
+        keep: int | Tensor | None,
+        cache: SleepCache | None,
+        settings: Settings,
+        kept: bool,
+    ) -> tuple[Snapshot, Rows]:
+        """The session that a call goes on from, and its batch, before which comes what the session must read first."""
+        vocabulary = self.config.text_config.vocab_size
+        past = None if cache is None else cache.get_seq_length()
+        tokens = Rows.of(input_ids, mask, labels, awake, keep, vocabulary, past)
+        owner, batch = self._owner(), input_ids.shape[0]
+        if cache is None:
+            return Snapshot.empty(owner, batch, settings.window_size, input_ids.device, kept), tokens
+        session = cache.begin(owner, batch, settings.window_size, input_ids.device)
+        first = session.first()
+        if any(len(ids) for ids in first):
+            tokens = tokens.after(first)
+        return session.from_start(), tokens
 
-    def sleep(self, past_key_values: SleepCache, n_loops: int | None = None) -> SleepCache:
+    def _predict(
+        self,
+        blocks: Host,
+        pieces: Sequence[Tensor],
+        plan: Schedule,
+        tokens: Rows,
+        num_items: int | Tensor | None,
+        whole: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Loss and logits from the hidden states of the wanted tokens."""
+        if pieces:
+            hidden = pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
+        else:
+            embeddings: Any = self.get_input_embeddings()
+            hidden = embeddings.weight.new_zeros(0, self.config.text_config.hidden_size)
+        scores = blocks.logits(hidden) if tokens.columns.size else None
+        loss = None
+        if tokens.labels is not None:
+            targets, count = tokens.targets(plan.rows, plan.columns)
+            total = summed_cross_entropy(blocks.logits, hidden, targets, scores, whole)
+            loss = total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items or max(1, count))
+        return loss, None if scores is None else tokens.spread(scores, plan.rows, plan.columns)
+
+    def sleep(
+        self, past_key_values: SleepCache, n_loops: int | None = None, rows: Sequence[int] | None = None
+    ) -> SleepCache:
         """Consolidate what is awake in a session now, also a window that is only part full (contract 2).
 
         Args:
             past_key_values: the session; it is moved forward and returned.
             n_loops: another N for this sleep.
+            rows: which rows sleep; all by default.
+
+        Raises:
+            TypeError: for what is no session.
+            ValueError: for a session that has read nothing, or rows that it does not have.
         """
-        if past_key_values.owner is None:
+        if not isinstance(past_key_values, SleepCache):
+            raise TypeError(f"expected past_key_values to be a SleepCache, got {type(past_key_values).__name__}")
+        if past_key_values.now is None:
             raise ValueError("expected a cache that has read something, got an empty one; call the model with it first")
-        options = self.options(n_loops)
-        embeddings: Any = self.get_input_embeddings()
-        past_key_values.bind(
-            self._owner(), past_key_values.get_batch_size(), options.window_size, embeddings.weight.device
-        )
-        awake = [row for row, length in enumerate(past_key_values.open_lengths) if length]
-        algorithm.sleep(self.blocks, past_key_values, awake, options)
+        settings, blocks = self.options(n_loops), self.blocks
+        batch = past_key_values.get_batch_size()
+        session = past_key_values.begin(self._owner(), batch, settings.window_size, past_key_values.now.open_ids.device)
+        chosen = list(range(batch)) if rows is None else list(rows)
+        if len(set(chosen)) != len(chosen) or any(
+            isinstance(row, bool) or not isinstance(row, int) or not 0 <= row < batch for row in chosen
+        ):
+            raise ValueError(f"expected different rows from 0 to {batch - 1}, got {chosen}")
+        if any(len(session.pending[row]) for row in chosen if session.pending):
+            session = self._read_pending(blocks, session, settings)
+        awake: dict[int, list[int]] = {}
+        for row in chosen:
+            if length := session.open_lengths[row]:
+                awake.setdefault(0 if blocks.masks_padding else length, []).append(row)
+        for group in awake.values():
+            session = algorithm.sleep(blocks, session, Sleep(tuple(group)), settings, watch=self.watch)
+        past_key_values.now = session if self.training else session.map(Tensor.detach)
         return past_key_values
+
+    def _read_pending(self, blocks: Host, session: Snapshot, settings: Settings) -> Snapshot:
+        """The session with nothing unread."""
+        first = session.first()
+        tokens = Rows.nothing(session.batch_size, session.open_ids.device).after(first)
+        session = session.from_start()
+        plan = schedule(
+            session.open_lengths,
+            tokens.lengths,
+            tokens.wanted,
+            settings.window_size,
+            keep=True,
+            mixes_lengths=blocks.masks_padding,
+        )
+        return algorithm.read(blocks, session, tokens.ids, plan.rounds, settings, keep=True, watch=self.watch)[0]
 
     def _owner(self) -> str:
         """What a session must agree with: weights may be trained on, shapes and windows may not change."""
         return f"{self._identity}, L={self.config.window_size}, {self.config.eviction} eviction"
-
-    # --- generation ------------------------------------------------------------------------------------------------
-
-    def _prepare_cache_for_generation(  # type: ignore[override]
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        given = model_kwargs.get("past_key_values")
-        if given is not None and not isinstance(given, SleepCache):
-            raise ValueError(f"expected past_key_values to be a SleepCache, got {type(given).__name__}")
-        if (kind := generation_config.cache_implementation) not in (None, "static"):
-            raise ValueError(
-                f"expected cache_implementation=None or 'static', got {kind!r}: a sleeping model has its own SleepCache"
-            )
-        if given is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = SleepCache(fixed_shapes=kind == "static")
 
     # --- files -----------------------------------------------------------------------------------------------------
 
@@ -358,31 +437,3 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         from sleepify.checkpoints import push
 
         return push(self, repo_id, fast_weights_only=fast_weights_only, **kwargs)
-
-
-def _loss(
-    head: Callable[[Tensor], Tensor],
-    hidden: Tensor,
-    targets: Tensor,
-    num_items: int | Tensor | None,
-    whole: bool = False,
-) -> Tensor:
-    """Cross entropy, in float32 at least, over the places that have a target.
-
-    Logits of a few hundred places are as large as all the rest of a step, so they are made and dropped piece by piece.
-    """
-    chosen = targets != IGNORE
-    if num_items is None:
-        num_items = chosen.sum().clamp_min(1)
-    if hidden.shape[0] > _LOSS_PIECE and not whole:
-        pieces = zip(hidden.split(_LOSS_PIECE), targets.split(_LOSS_PIECE), strict=True)
-        total = sum(recompute(_summed_loss, head, *piece, use_reentrant=False) for piece in pieces)
-    else:
-        total = _summed_loss(head, hidden, targets)
-    return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
-
-
-def _summed_loss(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
-    scores = head(hidden)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    return nn.functional.cross_entropy(scores, targets.to(scores.device), ignore_index=IGNORE, reduction="sum")

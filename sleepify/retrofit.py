@@ -12,10 +12,15 @@ from sleepify.config import SleepConfig
 from sleepify.defaults import resolve
 from sleepify.hosts import host_class, verify
 from sleepify.modeling import SleepForCausalLM
+from sleepify.settings import SETTINGS
 
 # Fields of SleepConfig that describe a checkpoint, not a wish.
 _OWN = {"text_config", "fast_weights_only", "base_fingerprint", "base_model_name_or_path", "tie_word_embeddings"}
-KEYWORDS = frozenset(SleepConfig.__annotations__) - _OWN - {"model_type", "sub_configs", "is_composition"}
+KEYWORDS = (
+    (frozenset(SETTINGS) | frozenset(SleepConfig.__annotations__))
+    - _OWN
+    - {"model_type", "sub_configs", "is_composition"}
+)
 
 
 def sleepify(

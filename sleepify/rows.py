@@ -1,13 +1,18 @@
-"""A padded batch as its rows: real tokens left-aligned, so that windows begin at the same columns, and the way back."""
+"""A padded batch as its rows: real tokens left-aligned, so that windows begin at the same columns, and the way back.
+
+What decides the schedule (masks, where labels are) is brought to the CPU in one copy; everything that follows from it
+is worked out there, in whole numbers.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-
-from sleepify.cache import SleepCache
 
 IGNORE = -100
 """Label of a token of which no prediction is asked."""
@@ -15,89 +20,257 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Rows:
-    """One batch.
+    """One batch, of B rows that were given in T columns.
 
     Attributes:
-        ids: [B, T], row r real in its first ``lengths[r]`` columns.
-        order: [B, T], the original column of each aligned one; None if none moved.
+        ids: [B, W], row r real in its first ``lengths[r]`` columns.
+        lengths: tokens per row.
+        width: T.
+        source: [B, W], where each aligned token was among the B * T given; None if none moved.
+        columns: of which logits are asked, as they were given.
+        wanted: [B, W] bool, aligned tokens of which something is asked; None for all.
+        labelled: [B, W] bool, aligned tokens whose next token has a label; None without labels.
+        labels: [B, T] as given.
+        right_padded: whether a row ends in padding.
     """
 
     ids: Tensor
     lengths: list[int]
-    order: Tensor | None
+    width: int
+    source: np.ndarray | None
+    columns: np.ndarray
+    wanted: np.ndarray | None
+    labelled: np.ndarray | None
+    labels: Tensor | None
     right_padded: bool
 
     @classmethod
-    def align(cls, input_ids: Tensor, mask: Tensor | None, cache: SleepCache | None) -> Rows:
-        if input_ids.dim() != 2 or input_ids.shape[1] == 0 or input_ids.dtype not in (torch.long, torch.int):
-            raise ValueError(
-                "expected input_ids [batch, tokens] of whole numbers, "
-                f"got {tuple(input_ids.shape)} of {input_ids.dtype}"
-            )
-        batch, width = input_ids.shape
-        if mask is None:
-            return cls(input_ids, [width] * batch, None, False)
-        past = 0 if cache is None else cache.columns
-        if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] not in (width, past + width):
-            expected = f"{(batch, width)}" + (f" or {(batch, past + width)}" if past else "")
-            raise ValueError(f"expected attention_mask of shape {expected}, got {tuple(mask.shape)}")
-        real = mask[:, -width:].bool()
-        counts = torch.cat([real.sum(1), real[:, :-1].gt(real[:, 1:]).any(1)]).tolist()
-        lengths, right_padded = counts[:batch], any(counts[batch:])
-        if right_padded and cache is not None:
-            raise ValueError(
-                "expected left-padded rows with a cache (as in generation), got right-padded ones; "
-                "set tokenizer.padding_side = 'left'"
-            )
-        if cache is None and (empty := [row for row, length in enumerate(lengths) if length == 0]):
-            raise ValueError(f"expected at least one real token per row, rows {empty} are all padding")
-        if all(length == width for length in lengths):
-            return cls(input_ids, lengths, None, False)
-        order = real.int().argsort(dim=1, descending=True, stable=True)
-        return cls(input_ids.gather(1, order), lengths, order, right_padded)
+    def of(
+        cls,
+        input_ids: Tensor,
+        mask: Tensor | None,
+        labels: Tensor | None,
+        awake: Tensor | None,
+        keep: int | Tensor | None,
+        vocabulary: int,
+        past: int | None = None,
+    ) -> Rows:
+        """Check a batch and take it apart.
 
-    def real(self) -> Tensor:
-        """[B, T] bool, in aligned columns."""
-        width = self.ids.shape[1]
-        counts = torch.tensor(self.lengths, device=self.ids.device)[:, None]
-        return torch.arange(width, device=self.ids.device)[None, :] < counts
+        Args:
+            input_ids: [B, T].
+            mask: [B, T] or, with a session, [B, past + T]; 1 where a token is real.
+            labels: [B, T]; -100 where there is none.
+            awake: [B, T] bool, tokens of which something is asked in any case.
+            keep: columns of which logits are asked: the last so many, or those given; 0 for all, None for none with
+                labels and all without.
+            vocabulary: number of ids and labels there are.
+            past: columns read before in this session; None without one.
 
-    def targets(self, labels: Tensor) -> Tensor:
-        """The label of the token after each, [B, T], in aligned columns; -100 after the last."""
-        labels = labels if self.order is None else labels.gather(1, self.order)
-        labels = labels.masked_fill(~self.real(), IGNORE)
-        return torch.cat([labels[:, 1:], labels.new_full((labels.shape[0], 1), IGNORE)], 1)
+        Raises:
+            TypeError, ValueError: for what is no batch, saying what was expected.
+        """
+        ids = _whole(input_ids, "input_ids")
+        batch, width = ids.shape
+        given: dict[str, Tensor] = {}
+        if mask is not None:
+            _check_mask(mask, batch, width, past or 0)
+            given["mask"] = torch.where(mask == 1, 1, torch.where(mask == 0, 0, 2)).to(torch.uint8)
+        if labels is not None:
+            labels = _whole(labels, "labels", like=ids)
+            given["labels"] = labels != IGNORE
+        if awake is not None:
+            if not isinstance(awake, Tensor) or awake.dtype != torch.bool or awake.shape != ids.shape:
+                raise ValueError(f"expected awake to be bool of shape {tuple(ids.shape)}, got {_describe(awake)}")
+            given["awake"] = awake
+        _check_range("input_ids", ids, vocabulary)
+        if labels is not None:
+            _check_range("labels", labels, vocabulary, but=IGNORE)
+        here = _fetch(given)
+        is_float = mask is not None and mask.is_floating_point()
+        real, lengths, right_padded = _real(here.get("mask"), batch, width, past, is_float)
+        columns = _columns(keep, width, default_all=labels is None)
 
-    def places(self, chosen: Tensor) -> Tensor:
-        """Which aligned places are chosen, and real: [B, T] bool."""
-        return (chosen if self.order is None else chosen.gather(1, self.order)) & self.real()
+        if not given and columns.size == width:
+            return cls(ids, lengths, width, None, columns, None, None, None, False)
+        source = None
+        if any(length != width for length in lengths):
+            order = np.argsort(~real, axis=1, kind="stable")
+            source = order + np.arange(batch)[:, None] * width
+            ids = ids.reshape(-1)[torch.from_numpy(source).to(ids.device, non_blocking=True)]
+        aligned = np.arange(width)[None, :] < np.asarray(lengths)[:, None]
+        asked = np.zeros(width, dtype=bool)
+        asked[columns] = True
+        wanted = np.broadcast_to(asked, (batch, width)).copy()
+        if "awake" in here:
+            wanted |= here["awake"].astype(bool)
+        wanted = _move(wanted, source) & aligned
+        labelled = None
+        if "labels" in here:
+            labelled = np.zeros((batch, width), dtype=bool)
+            labelled[:, :-1] = (_move(here["labels"].astype(bool), source) & aligned)[:, 1:]
+            wanted |= labelled
+        everything = wanted.all()
+        return cls(ids, lengths, width, source, columns, None if everything else wanted, labelled, labels, right_padded)
 
-    def columns(self, keep: int | Tensor | None, default_all: bool) -> Tensor:
-        """Original columns whose logits are returned."""
-        every = torch.arange(self.ids.shape[1], device=self.ids.device)
-        if keep is None:
-            return every if default_all else every[:0]
-        if isinstance(keep, Tensor):
-            return every[keep.to(self.ids.device)]
-        return every if keep == 0 else every[-keep:]
+    @classmethod
+    def nothing(cls, batch: int, device: torch.device) -> Rows:
+        """Rows without a token."""
+        ids, none = torch.zeros(batch, 0, dtype=torch.long, device=device), np.zeros(0, dtype=np.int64)
+        return cls(ids, [0] * batch, 0, None, none, np.zeros((batch, 0), dtype=bool), None, None, False)
 
-    def aligned(self, columns: Tensor) -> Tensor:
-        """Which aligned columns are among these original ones, and real: [B, T] bool."""
-        chosen = torch.zeros(self.ids.shape[1], dtype=torch.bool, device=self.ids.device)
-        chosen[columns] = True
-        if self.order is None:
-            return chosen.expand(self.ids.shape[0], -1)
-        return chosen[self.order] & self.real()
+    def after(self, first: Sequence[Tensor]) -> Rows:
+        """The same rows behind other tokens [n], of which nothing is asked."""
+        batch, extra = len(first), [len(ids) for ids in first]
+        lengths = [more + length for more, length in zip(extra, self.lengths, strict=True)]
+        whole = [torch.cat([a.to(b.device), b[:n]]) for a, b, n in zip(first, self.ids, self.lengths, strict=True)]
+        ids = torch.nn.utils.rnn.pad_sequence(whole, batch_first=True)
+        given = np.arange(batch * self.width).reshape(batch, self.width) if self.source is None else self.source
+        known = np.ones(self.ids.shape, dtype=bool) if self.wanted is None else self.wanted
+        source = np.full(tuple(ids.shape), -1, dtype=np.int64)
+        wanted = np.zeros(tuple(ids.shape), dtype=bool)
+        labelled = None if self.labelled is None else wanted.copy()
+        for row, (more, length) in enumerate(zip(extra, self.lengths, strict=True)):
+            here = slice(more, more + length)
+            source[row, here], wanted[row, here] = given[row, :length], known[row, :length]
+            if labelled is not None and self.labelled is not None:
+                labelled[row, here] = self.labelled[row, :length]
+        return replace(self, ids=ids, lengths=lengths, source=source, wanted=wanted, labelled=labelled)
 
-    def spread(self, scores: Tensor, rows: Tensor, aligned: Tensor, columns: Tensor) -> Tensor | None:
-        """Logits [M, V] of aligned places into [B, columns, V], 0 where there is none."""
-        if columns.numel() == 0:
-            return None
-        batch, width = self.ids.shape
-        original = aligned if self.order is None else self.order.to(aligned.device)[rows, aligned]
-        place = torch.full((width,), -1, dtype=torch.long, device=scores.device)
-        place[columns.to(scores.device)] = torch.arange(columns.numel(), device=scores.device)
-        at = place[original]
-        kept = at >= 0
-        output = scores.new_zeros(batch, columns.numel(), scores.shape[-1])
-        return output.index_put((rows[kept], at[kept]), scores[kept])
+    def targets(self, rows: np.ndarray, columns: np.ndarray) -> tuple[Tensor, int]:
+        """The labels of the tokens after these aligned ones [M], -100 where there is none, and how many there are."""
+        assert self.labels is not None and self.labelled is not None
+        has = self.labelled[rows, columns]
+        at = self._given(rows, np.minimum(columns + 1, self.ids.shape[1] - 1))
+        index, real = torch.from_numpy(np.stack([at, has.astype(np.int64)])).to(self.labels.device, non_blocking=True)
+        return self.labels.reshape(-1)[index].masked_fill(real == 0, IGNORE), int(has.sum())
+
+    def spread(self, scores: Tensor, rows: np.ndarray, columns: np.ndarray) -> Tensor:
+        """Logits [M, V] of aligned tokens into [B, asked columns, V] as they were given, 0 where there is none."""
+        batch, width = self.ids.shape[0], self.width
+        asked, back = np.unique(self.columns, return_inverse=True)
+        place = np.full(width, -1, dtype=np.int64)
+        place[asked] = np.arange(asked.size)
+        given = self._given(rows, columns)
+        at = place[given % width]
+        kept = (at >= 0).nonzero()[0]
+        target = (given // width * asked.size + at)[kept]
+        n_places = batch * asked.size
+        if kept.size == n_places:
+            # Every place is filled: at most another order.
+            where = np.empty(n_places, dtype=np.int64)
+            where[target] = kept
+            same = np.array_equal(where, np.arange(scores.shape[0]))
+            picked = scores if same else scores[_on(where, scores)]
+        else:
+            chosen = scores if kept.size == scores.shape[0] else scores[_on(kept, scores)]
+            picked = scores.new_zeros(n_places, scores.shape[-1]).index_copy(0, _on(target, scores), chosen)
+        logits = picked.view(batch, asked.size, scores.shape[-1])
+        return logits if np.array_equal(asked, self.columns) else logits[:, _on(back, scores)]
+
+    def _given(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Where aligned tokens were among the B * T given."""
+        return rows * self.width + columns if self.source is None else self.source[rows, columns]
+
+
+def _on(index: np.ndarray, like: Tensor) -> Tensor:
+    return torch.from_numpy(index).to(like.device, non_blocking=True)
+
+
+def _move(values: np.ndarray, source: np.ndarray | None) -> np.ndarray:
+    return values if source is None else values.reshape(-1)[source]
+
+
+def _fetch(given: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """Small tensors on the CPU, all by one copy."""
+    if not given:
+        return {}
+    home = next(iter(given.values())).device
+    flat = torch.cat([tensor.to(home, torch.uint8).reshape(-1) for tensor in given.values()]).cpu().numpy()
+    ends = np.cumsum([tensor.numel() for tensor in given.values()])
+    parts = np.split(flat, ends[:-1])
+    return {name: part.reshape(tuple(given[name].shape)) for name, part in zip(given, parts, strict=True)}
+
+
+def _whole(value: Any, name: str, like: Tensor | None = None) -> Tensor:
+    """Ids or labels as int64 [B, T]."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"expected {name} to be a tensor [batch, tokens], got {type(value).__name__}; torch.tensor(...) makes one"
+        )
+    shape = "[batch, tokens]" if like is None else f"of the shape of input_ids, {tuple(like.shape)},"
+    fits = value.dim() == 2 and value.numel() > 0 if like is None else value.shape == like.shape
+    if not fits or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise ValueError(f"expected {name} {shape} of whole numbers, got {_describe(value)}")
+    return value.long()
+
+
+def _check_range(name: str, values: Tensor, vocabulary: int, but: int | None = None) -> None:
+    """Only where looking costs nothing; elsewhere the lookup itself fails."""
+    if values.device.type != "cpu":
+        return
+    wrong = (values < 0) | (values >= vocabulary)
+    if but is not None:
+        wrong &= values != but
+    if wrong.any():
+        also = "" if but is None else f" (or {but})"
+        found = values[wrong].unique().tolist()[:5]
+        raise ValueError(f"expected {name} from 0 to {vocabulary - 1}{also}, got {found}")
+
+
+def _check_mask(mask: Any, batch: int, width: int, past: int) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"expected attention_mask to be a tensor, got {type(mask).__name__}")
+    if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] not in (width, past + width):
+        expected = f"{(batch, width)}" + (f" or {(batch, past + width)}" if past else "")
+        raise ValueError(f"expected attention_mask of shape {expected}, got {tuple(mask.shape)}")
+
+
+def _real(
+    mask: np.ndarray | None, batch: int, width: int, past: int | None, is_float: bool
+) -> tuple[np.ndarray, list[int], bool]:
+    """Which tokens are real [B, T], how many per row, and whether a row ends in padding."""
+    if mask is None:
+        return np.ones((batch, width), dtype=bool), [width] * batch, False
+    # With a session a row may be all padding, but not if 0 might be meant as an additive mask that hides nothing.
+    if (mask > 1).any() or (is_float and past is not None and not (mask == 1).any(1).all()):
+        raise ValueError(
+            "expected attention_mask of 1 (real) and 0 (padding), whole numbers or bool, got other values; additive "
+            "masks are not taken"
+        )
+    real = mask[:, -width:].astype(bool)
+    lengths = real.sum(1)
+    right_padded = bool(((lengths > 0) & ~real[:, -1]).any())
+    if right_padded and past is not None:
+        raise ValueError(
+            "expected left-padded rows with a cache (as in generation), got right-padded ones; "
+            "set tokenizer.padding_side = 'left' or use_cache=False"
+        )
+    if past is None and (empty := (lengths == 0).nonzero()[0].tolist()):
+        raise ValueError(f"expected at least one real token per row, rows {empty} are all padding")
+    return real, lengths.tolist(), right_padded
+
+
+def _columns(keep: int | Tensor | None, width: int, default_all: bool) -> np.ndarray:
+    """Columns of which logits are asked, as given."""
+    every = np.arange(width)
+    if keep is None:
+        return every if default_all else every[:0]
+    if isinstance(keep, Tensor):
+        chosen = keep.detach().cpu().numpy()
+        if chosen.ndim != 1 or chosen.dtype.kind not in "ib" or (chosen.dtype == bool and chosen.size != width):
+            raise ValueError(f"expected logits_to_keep to list columns, or {width} booleans, got {_describe(keep)}")
+        if chosen.dtype != bool and chosen.size and not -width <= chosen.min() <= chosen.max() < width:
+            raise ValueError(f"expected logits_to_keep to list columns from 0 to {width - 1}, got {chosen.tolist()}")
+        return every[chosen]
+    if isinstance(keep, bool) or not isinstance(keep, int) or keep < 0:
+        raise ValueError(
+            f"expected logits_to_keep to say how many columns, 0 for all, or which (a tensor), got {keep!r}"
+        )
+    return every if keep == 0 else every[-keep:]
+
+
+def _describe(value: Any) -> str:
+    return (
+        f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else f"{type(value).__name__} {value!r}"
+    )

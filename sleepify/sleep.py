@@ -1,29 +1,30 @@
 """Sleep: the algorithm (Lee et al., arXiv:2605.26099, Algorithm 1), and nothing but the algorithm.
 
-    for each window of L tokens, in order:
-        asleep:  h <- Embed(window);  repeat N times: h, S <- Blocks(h, S);  drop h and the keys
-        awake:   h, S <- Blocks(Embed(window), S);  predictions from h
+    for each window of L tokens, in order:                                                                    `read`
+        asleep:  h <- Embed(window);  repeat N times: h, S <- Blocks(h, S);  drop h and the keys       `consolidate`
+        awake:   h, S <- Blocks(Embed(window), S);  predictions from h                                        `wake`
 
-`consolidate` is the first line, `wake` the second, `read` the loop over windows, for rows that fill their windows at
-different steps. This is the only module that loops, and it knows no model: what it needs of one is in `Blocks`.
+What is decided about it (who sleeps when, which layers a pass runs, where gradient flows) is in `schedule`, before
+anything runs. This is the only module that loops, and it knows no model: what it needs of one is in `Blocks`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.checkpoint import checkpoint
 
-from sleepify.cache import SleepCache, Window
 from sleepify.errors import NonFiniteStateError
 from sleepify.memory import Memory
+from sleepify.schedule import Passes, Round, Sleep, Wake, passes
+from sleepify.settings import Settings
+from sleepify.snapshot import Snapshot, Window
 
 T_ = TypeVar("T_")
+Watch = Callable[[Sleep, Memory], None]
 
 
 class Blocks(Protocol):
@@ -51,43 +52,8 @@ class Blocks(Protocol):
         """Layers [0, last_writer) are all that write what survives the window."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """How to sleep; the fields are those of `SleepConfig`."""
-
-    n_loops: int
-    window_size: int
-    sliding: bool = False
-    checkpoint: str = "none"
-    backprop_loops: int | None = None
-    backprop_windows: int | None = None
-    check_finite: bool = False
-    offload: bool = False
-    uniform: bool = False
-
-    @property
-    def shares_first_pass(self) -> bool:
-        """Whether a sleep may begin with the wake pass over its window instead of making the same pass again.
-
-        Not if calls must be ``uniform``: whether it can depends on which rows are together in a batch.
-        """
-        return not self.uniform and self.checkpoint != "window" and self.backprop_loops is None
-
-    @property
-    def retained(self) -> int:
-        """Keys and values that outlive their window."""
-        return self.window_size - 1 if self.sliding else 0
-
-    def recompute(self, level: str, function: Callable[..., T_], *arguments: Any) -> T_:
-        """Call, and drop the activations to recompute them in the backward pass if ``checkpoint`` is this level."""
-        if self.checkpoint == level and torch.is_grad_enabled():
-            return recompute(function, *arguments, use_reentrant=False)
-        return function(*arguments)
-
-
-@dataclass(frozen=True)
-class FirstPass:
-    """A pass over a whole window as far as the last looped layer, from the memory at its start."""
+class FirstPass(NamedTuple):
+    """What the second pass of a sleep begins with: hidden states, memory, and the window's frame."""
 
     hidden_states: Tensor
     memory: Memory
@@ -95,7 +61,7 @@ class FirstPass:
 
 
 def consolidate(
-    blocks: Blocks, window: Window, memory: Memory, options: Options, first: FirstPass | None = None
+    blocks: Blocks, window: Window, memory: Memory, plan: Passes, settings: Settings, first: FirstPass | None = None
 ) -> Memory:
     """Sleep on one window: N passes over it, and the memory that they leave (§5, Alg. 1).
 
@@ -103,194 +69,139 @@ def consolidate(
         blocks: the model.
         window: its tokens.
         memory: as it was *before* the window's first token, so that no wake pass leaks in (contract 2).
-        options: N, and how gradient flows.
+        plan: prelude, N passes, coda.
+        settings: what is recomputed and what retained.
         first: the first pass, if a wake pass over the whole window has made it already: the two are the same.
 
     Returns:
         The state after the last pass and, under sliding eviction, its latest L-1 keys and values.
     """
-    keep_keys = options.sliding
-    start, stop = blocks.loop_range
-    end = blocks.last_writer(keep_keys)
     if first is None:
-        hidden, frame = blocks.open(window.input_ids, window.lengths, window.positions, memory, keep_keys)
-        hidden, now = options.recompute("loop", blocks.run, hidden, memory, frame, 0, min(start, end))
+        hidden, frame = blocks.open(window.input_ids, window.lengths, window.positions, memory, settings.sliding)
+        hidden, now = _run(settings, blocks, hidden, memory, frame, *plan.prelude)
     else:
-        hidden, now, frame = first.hidden_states, first.memory, first.frame
-        if options.n_loops > 1:
-            hidden = blocks.close_loop(hidden)
-    for loop in range(0 if first is None else 1, options.n_loops):
-        is_last = loop + 1 == options.n_loops
-        # Truncated backpropagation: what enters the last k passes is a constant (§7 names it as future work).
-        truncated = options.backprop_loops is not None and loop < options.n_loops - options.backprop_loops
-        with torch.no_grad() if truncated else nullcontext():
-            now = now.reenter(memory, start, stop)
-            # Nothing reads what the last pass computes beyond the last layer that writes.
-            until = min(stop, end) if is_last else stop
-            hidden, now = options.recompute("loop", blocks.run, hidden, now, frame, start, until)
-            if not is_last:
+        hidden, now, frame = first
+    for each in plan.loops if first is None else plan.loops[1:]:
+        # Truncated backpropagation: what enters the last passes is a constant (§7 names it as future work).
+        with torch.set_grad_enabled(torch.is_grad_enabled() and each.gradient):
+            now = now.reenter(memory, *blocks.loop_range)
+            hidden, now = _run(settings, blocks, hidden, now, frame, each.start, each.stop)
+            if not each.is_last:
                 hidden = blocks.close_loop(hidden)
-    hidden, now = options.recompute("loop", blocks.run, hidden, now, frame, stop, max(stop, end))
-    return now.advance(window.lengths, window.input_ids.shape[1]).last_keys(options.retained)
+    hidden, now = _run(settings, blocks, hidden, now, frame, *plan.coda)
+    return now.advance(window.lengths, window.input_ids.shape[1]).last_keys(settings.retained)
 
 
 def wake(
-    blocks: Blocks, window: Window, memory: Memory, options: Options, keep_keys: bool = True, share: bool = False
+    blocks: Blocks, window: Window, memory: Memory, settings: Settings, keep_keys: bool = True, share: bool = False
 ) -> tuple[Tensor, Memory, FirstPass | None]:
     """One ordinary pass over the next tokens of a window.
 
     Returns:
-        Hidden states [B, T, D] before the final norm, memory and, if the pass is to be shared with the window's
-        sleep, what it was at the last looped layer.
+        Hidden states [B, T, D] before the final norm, memory and, if the window's sleep is to ``share`` the pass, what
+        that goes on with.
     """
-    keep = keep_keys or (share and options.sliding)
+    keep = keep_keys or (share and settings.sliding)
     hidden, frame = blocks.open(window.input_ids, window.lengths, window.positions, memory, keep)
-    stop = blocks.loop_range[1] if share else 0
-    hidden, now = options.recompute("loop", blocks.run, hidden, memory, frame, 0, stop) if share else (hidden, memory)
-    first = FirstPass(hidden, now, frame) if share else None
-    hidden, now = options.recompute("loop", blocks.run, hidden, now, frame, stop, blocks.n_layers)
+    first, now, middle = None, memory, 0
+    if share:
+        middle = blocks.loop_range[1]
+        hidden, now = _run(settings, blocks, hidden, now, frame, 0, middle)
+        first = FirstPass(hidden if settings.n_loops == 1 else blocks.close_loop(hidden), now, frame)
+    hidden, now = _run(settings, blocks, hidden, now, frame, middle, blocks.n_layers)
     return hidden, now.advance(window.lengths, window.input_ids.shape[1]) if keep_keys else now, first
 
 
 def sleep(
     blocks: Blocks,
-    cache: SleepCache,
-    rows: Sequence[int],
-    options: Options,
-    gradient: bool = True,
+    before: Snapshot,
+    each: Sleep,
+    settings: Settings,
     first: FirstPass | None = None,
-) -> None:
-    """Consolidate what is awake in these rows of a cache, full window or not (contract 2).
-
-    Without ``gradient`` the memory that these rows wake up with is a constant; that of other rows is as it was.
-    ``first`` is the first pass over the windows of just these rows, if there is one to share.
-    """
-    for group in _groups(rows, [cache.open_lengths[row] for row in rows], together=blocks.masks_padding):
-        window = cache.open_window(group, options.sliding)
-        before = cache.before_window(group)
-        with nullcontext() if gradient else torch.no_grad():
-            if options.offload and options.checkpoint == "window":
-                parked = before.map(lambda tensor: tensor.to("cpu", non_blocking=True))
-                homes = [tensor.device for tensor in before.tensors()]
-                after = options.recompute("window", _fetch_and_consolidate, blocks, window, parked, homes, options)
-            else:
-                after = options.recompute("window", consolidate, blocks, window, before, options, first)
-        if options.check_finite:
-            for key, layer in sorted(after.state.items()):
-                if not all(tensor is None or bool(torch.isfinite(tensor).all()) for tensor in layer):
-                    raise NonFiniteStateError(key, window=max(cache.windows[row] for row in group))
-        cache.close_window(group, after)
-
-
-def _fetch_and_consolidate(
-    blocks: Blocks, window: Window, parked: Memory, homes: Sequence[torch.device], options: Options
-) -> Memory:
-    """`consolidate` from a memory that waits on the CPU, where a window boundary costs the accelerator nothing."""
-    home = iter(homes)
-    return consolidate(blocks, window, parked.map(lambda tensor: tensor.to(next(home), non_blocking=True)), options)
-
-
-@dataclass(frozen=True)
-class Reading:
-    """Hidden states of wanted tokens: [M, D], and for each the row and column of ``input_ids`` it belongs to, [M]."""
-
-    hidden_states: Tensor
-    rows: Tensor
-    columns: Tensor
+    watch: Watch | None = None,
+) -> Snapshot:
+    """Consolidate what is awake in some rows of a session, full window or not (contract 2); ``watch`` is shown it."""
+    window, memory = before.open_window(each.rows, settings.sliding), before.before_window(each.rows)
+    plan = passes(settings.n_loops, blocks.loop_range, blocks.last_writer(settings.sliding), settings.backprop_loops)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and each.gradient):
+        if settings.offload and settings.checkpoint == "window":
+            homes = [tensor.device for tensor in memory.tensors()]
+            parked = memory.map(lambda tensor: tensor.to("cpu", non_blocking=True))
+            after = _recompute(settings, "window", _fetch, homes, blocks, window, parked, plan, settings)
+        else:
+            after = _recompute(settings, "window", consolidate, blocks, window, memory, plan, settings, first)
+    if settings.check_finite and (key := after.not_finite()) is not None:
+        raise NonFiniteStateError(key, window=max(before.windows[row] for row in each.rows))
+    if watch is not None:
+        watch(each, after)
+    return before.close_window(each.rows, after, settings.n_loops)
 
 
 def read(
     blocks: Blocks,
-    cache: SleepCache,
+    session: Snapshot,
     input_ids: Tensor,
-    lengths: Sequence[int],
-    wanted: Tensor,
-    options: Options,
+    rounds: Sequence[Round],
+    settings: Settings,
     keep: bool,
-) -> list[Reading]:
+    watch: Watch | None = None,
+) -> tuple[Snapshot, list[Tensor]]:
     """Read new tokens: sleep whenever a full window is followed by another token, wake where something is asked.
 
     Args:
         blocks: the model.
-        cache: what was read before; it is moved forward.
+        session: what was read before.
         input_ids: [B, T], each row's new tokens left-aligned.
-        lengths: how many of them are real, per row.
-        wanted: [B, T] bool on the CPU: tokens whose hidden states are asked for.
-        options: N, L and the rest.
-        keep: whether the cache will be read on from (so that the open window must end awake).
+        rounds: who sleeps and who wakes, by `schedule`.
+        settings: N, L and the rest.
+        keep: whether the session will be read on from (so that the open window must end awake).
+        watch: is shown every sleep and the memory that it leaves.
 
     Returns:
-        The hidden states asked for, in the order in which they were computed.
+        The session afterwards, and the hidden states [M, D] before the final norm of the tokens that were asked for,
+        in the order of the schedule, in pieces.
     """
-    done = [0] * len(lengths)
-    sleeps_left = cache.sleeps_ahead(lengths, options.window_size)
-    readings: list[Reading] = []
-    first_passes: dict[tuple[int, ...], FirstPass | None] = {}
-    while rows := [row for row, length in enumerate(lengths) if done[row] < length]:
-        full = [row for row in rows if cache.open_lengths[row] == options.window_size]
-        for group in _groups(full, [_has_gradient(sleeps_left[row], options) for row in full]):
-            gradient = _has_gradient(sleeps_left[group[0]], options)
-            first = first_passes.get(tuple(group)) if gradient else None
-            sleep(blocks, cache, group, options, gradient, first)
-        for row in full:
-            sleeps_left[row] -= 1
-
-        take = {row: min(lengths[row] - done[row], options.window_size - cache.open_lengths[row]) for row in rows}
-        awake = [
-            row
-            for row in rows
-            if (keep and done[row] + take[row] == lengths[row])
-            or bool(wanted[row, done[row] : done[row] + take[row]].any())
-        ]
-        # Where padding would spoil the state that is kept, rows of one length go together instead.
-        groups = _groups(awake, [take[row] for row in awake], together=blocks.masks_padding or not keep)
-        windows = [cache.next_window(group, input_ids, done, take, options.sliding) for group in groups]
-        first_passes.clear()
-        for group, window in zip(groups, windows, strict=True):
-            memory = cache.memory.select(group)
-            if cache.fixed_shapes and window.input_ids.shape[1] == 1:
-                memory = memory.with_columns(options.window_size - 1 + options.retained)
-            # A window read whole and slept on next; not where activations are to be dropped at its end.
-            share = options.shares_first_pass and all(
-                take[row] == options.window_size and done[row] + take[row] < lengths[row] for row in group
-            )
-            hidden, memory, first = options.recompute("window", wake, blocks, window, memory, options, keep, share)
-            first_passes[tuple(group)] = first
-            if keep:
-                cache.memory = cache.memory.put(group, memory)
-            readings.append(_pick(hidden, group, done, take, wanted))
-        cache.append(rows, input_ids, done, take)
-        for row in rows:
-            done[row] += take[row]
-    return readings
+    hidden_states: list[Tensor] = []
+    first: FirstPass | None = None
+    for each in rounds:
+        for nap in each.sleeps:
+            session = sleep(blocks, session, nap, settings, first if nap.shares else None, watch)
+        first = None
+        for group in each.wakes:
+            window = session.next_window(each, group, input_ids, settings.sliding)
+            memory = session.awake(group.rows, window.input_ids.shape[1], settings)
+            keeping = (settings, keep, group.shares)
+            hidden, memory, made = _recompute(settings, "window", wake, blocks, window, memory, *keeping)
+            first = made or first
+            session = session.remember(group.rows, memory) if keep else session
+            hidden_states.append(_pick(hidden, group))
+        session = session.append(each, input_ids)
+    return session, hidden_states
 
 
-def _has_gradient(sleeps_left: int, options: Options) -> bool:
-    """Whether a sleep that is followed by ``sleeps_left - 1`` others of its row is among the last k."""
-    return options.backprop_windows is None or sleeps_left <= options.backprop_windows
+def _fetch(homes: Sequence[torch.device], blocks: Blocks, window: Window, parked: Memory, *rest: Any) -> Memory:
+    """`consolidate` from a memory that waits on the CPU, where a window boundary costs the accelerator nothing."""
+    home = iter(homes)
+    return consolidate(blocks, window, parked.map(lambda tensor: tensor.to(next(home), non_blocking=True)), *rest)
 
 
-def _groups(rows: Sequence[int], keys: Sequence[int], together: bool = False) -> list[list[int]]:
-    """Rows with equal keys, or all of them at once; no group is empty."""
-    if together:
-        return [list(rows)] if rows else []
-    groups: dict[int, list[int]] = {}
-    for row, key in zip(rows, keys, strict=True):
-        groups.setdefault(key, []).append(row)
-    return list(groups.values())
+def _run(settings: Settings, blocks: Blocks, *arguments: Any) -> tuple[Tensor, Memory]:
+    return _recompute(settings, "loop", blocks.run, *arguments)
 
 
-def _pick(hidden: Tensor, group: Sequence[int], done: Sequence[int], take: dict[int, int], wanted: Tensor) -> Reading:
-    """The wanted ones among the hidden states [b, T, D] of a wake pass."""
-    rows, columns, flat = [], [], []
-    width = hidden.shape[1]
-    for place, row in enumerate(group):
-        local = wanted[row, done[row] : done[row] + take[row]].nonzero().flatten()
-        rows.append(torch.full_like(local, row))
-        columns.append(local + done[row])
-        flat.append(local + place * width)
-    index = torch.cat(flat)
+def _recompute(settings: Settings, level: str, function: Callable[..., T_], *arguments: Any) -> T_:
+    """Call, and drop the activations to recompute them in the backward pass if that is to be done at this level."""
+    if settings.checkpoint != level or not torch.is_grad_enabled():
+        return function(*arguments)
+    # Which devices' random state is to be the same the second time, checkpoint finds out from the tensors it is shown.
+    values = [each for each in arguments if isinstance(each, (Memory, Window))]
+    shown = {tensor.device: tensor for each in values for tensor in each.tensors()}
+    return checkpoint(lambda _: function(*arguments), list(shown.values()), use_reentrant=False)
+
+
+def _pick(hidden: Tensor, group: Wake) -> Tensor:
+    """The wanted ones [m, D] among the hidden states [b, T, D] of a wake pass."""
     states = hidden.reshape(-1, hidden.shape[-1])
-    if index.numel() != states.shape[0]:
-        states = states.index_select(0, index.to(hidden.device))
-    return Reading(states, torch.cat(rows), torch.cat(columns))
+    if group.picked is None:
+        return states
+    return states.index_select(0, torch.from_numpy(group.picked).to(hidden.device, non_blocking=True))

@@ -210,6 +210,12 @@ def ragged(*rows):
     return collator(made)
 
 
+def calls_of(batch) -> rounds.Calls:
+    order = batch["attention_mask"].argsort(dim=1, descending=True, stable=True)
+    labels, mask = (batch[name].gather(1, order) for name in ("labels", "attention_mask"))
+    return rounds.Calls.of((labels != -100).numpy(), mask.bool().numpy(), 8)
+
+
 @pytest.mark.parametrize("keywords", [{}, {"backprop_windows": 1}, {"backprop_windows": 2, "backprop_loops": 1}])
 def test_ranks_with_different_rows_call_the_same_layers_and_keep_their_gradients(monkeypatch, keywords):
     batches = [
@@ -219,13 +225,12 @@ def test_ranks_with_different_rows_call_the_same_layers_and_keep_their_gradients
         ragged((44, [20]), (26, [25])),
     ]
     truncated = "backprop_windows" in keywords
-    own = [rounds.Rounds.of(batch["labels"], batch["attention_mask"], 8) for batch in batches]
-    n_windows = max(int(one.sleeps.max()) for one in own) + 1
-    signatures = [one.signature(n_windows, truncated) for one in own]
-    together = torch.stack([torch.cat([mine, ~mine]).to(torch.int32) for mine in signatures]).amax(0)
+    own = [calls_of(batch) for batch in batches]
+    n_rounds = max(len(one.awake) for one in own)
+    together = torch.stack([torch.from_numpy(one.signature(n_rounds)).to(torch.int32) for one in own]).amax(0)
 
     def all_reduce(tensor, op):
-        tensor.copy_(torch.tensor(n_windows) if tensor.dim() == 0 else together)
+        tensor.copy_(torch.tensor(n_rounds) if tensor.dim() == 0 else together)
 
     monkeypatch.setattr(rounds.dist, "all_reduce", all_reduce)
     with true_float64():

@@ -12,7 +12,7 @@ from tolerances import EXACT_GRAD, QUOTIENT, assert_close
 
 from sleepify import FastWeightConfig, SleepCache, sleepify
 from sleepify.memory import Memory
-from sleepify.sleep import Options
+from sleepify.settings import Settings
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -98,7 +98,7 @@ def test_a_wake_pass_that_serves_as_first_pass_of_a_sleep_changes_nothing(evicti
     hook = model.language_model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
     shared = gradients(model, model(ids, labels=ids).loss)
     n_shared = len(calls)
-    with patch.object(Options, "shares_first_pass", False):
+    with patch.object(Settings, "may_share", False):
         alone = gradients(model, model(ids, labels=ids).loss)
     hook.remove()
     # Three windows of the four are slept on, each of which saves one pass.

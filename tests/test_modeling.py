@@ -21,7 +21,6 @@ from sleepify import (
     SleepCache,
     SleepConfig,
     SleepForCausalLM,
-    modeling,
     sleepify,
 )
 
@@ -140,7 +139,7 @@ def test_the_loss_is_made_in_pieces_without_changing_it(monkeypatch):
         return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
     whole = loss_and_gradients()
-    monkeypatch.setattr(modeling, "_LOSS_PIECE", 7)
+    monkeypatch.setattr("sleepify.loss.PIECE", 7)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
         model(ids, labels=ids)

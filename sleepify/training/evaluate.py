@@ -19,9 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sleepify.config import SleepConfig, check_positive
+from sleepify.config import SleepConfig
 from sleepify.defaults import resolve
 from sleepify.modeling import SleepForCausalLM
+from sleepify.settings import check_positive
 from sleepify.tasks.base import IGNORE, Example, Split, score
 from sleepify.training.data import SleepCollator, Task
 from sleepify.training.rounds import equalise
@@ -274,7 +275,7 @@ def _predict(
         assert isinstance(sleeping, SleepForCausalLM)
         arguments["n_loops"], context = n_loops, _window(sleeping, window_size)
         if dist.is_initialized() and dist.get_world_size() > 1:
-            batch = equalise(batch, window_size, sleeping.config.backprop_windows is not None)
+            batch = equalise(batch, window_size, truncated=False)
             columns |= set(batch.pop("logits_to_keep", torch.zeros(0)).tolist())
     del batch["labels"]
     order = sorted(columns)

@@ -2,10 +2,10 @@
 
 FSDP and ZeRO gather a layer's weights when it is called and reduce its gradient when it is called backwards, so all
 ranks must call the same layers in the same order. A sleeping model calls its layers N times for every window that a row
-fills, and once for every window that is supervised: as often as the batch at hand asks for. Before a step the ranks
-therefore agree on the windows of all of them. A rank whose rows are too short gets one more, of padding tokens, and
-windows that are supervised elsewhere are read awake here too (the model's ``awake``); what that computes has no target,
-so that its gradient is exactly zero.
+sleeps on, and once for every window in which something is predicted: as often as the batch at hand asks for, which its
+`schedule` says. Before a step the ranks therefore agree on the rounds of all of them. A rank whose rows end too early
+gets one more, of padding tokens, and rounds that are awake elsewhere are awake here too (the model's ``awake``); what
+that computes has no target, so that its gradient is exactly zero.
 """
 
 from __future__ import annotations
@@ -13,56 +13,45 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sleepify.schedule import schedule
 from sleepify.tasks.base import IGNORE
 
 
 @dataclass(frozen=True)
-class Rounds:
-    """What a batch makes the model do, for rows [B] and windows [n].
+class Calls:
+    """What decides a batch's layer calls, forwards and backwards, when its rows are given ``awake``.
 
     Attributes:
-        sleeps: how often each row sleeps, [B].
-        awake: windows in which a row makes a prediction, [B, n] bool.
+        awake: whether a round has a wake pass, [rounds].
+        ends: the round in which each row ends, [B]; -1 for one of which nothing is asked.
     """
 
-    sleeps: Tensor
-    awake: Tensor
+    awake: np.ndarray
+    ends: np.ndarray
 
     @classmethod
-    def of(cls, labels: Tensor, mask: Tensor, window_size: int) -> Rounds:
-        """From labels and attention mask, [B, T] each, padded on either side."""
-        lengths = mask.sum(1)
-        # The place of a token in its row, and of the token before it, which makes the prediction.
-        predictor = mask.cumsum(1) - 2
-        row, column = ((labels != IGNORE) & mask.bool() & (predictor >= 0)).nonzero(as_tuple=True)
-        awake = torch.zeros(mask.shape[0], -(-mask.shape[1] // window_size), dtype=torch.bool, device=mask.device)
-        awake[row, predictor[row, column] // window_size] = True
-        # A full window sleeps only when a token follows.
-        return cls((lengths - 1) // window_size, awake)
+    def of(cls, labelled: np.ndarray, real: np.ndarray, window_size: int) -> Calls:
+        """From where labels and real tokens are, [B, T] bool each, real ones first."""
+        wanted = np.zeros_like(labelled)
+        wanted[:, :-1] = (labelled & real)[:, 1:]
+        lengths = real.sum(1).tolist()
+        rounds = schedule([0] * len(lengths), lengths, wanted, window_size, keep=False).rounds
+        ends = np.full(len(lengths), -1)
+        for number, each in enumerate(rounds):
+            ends[list(each.rows)] = number
+        return cls(np.array([bool(each.wakes) for each in rounds], dtype=bool), ends)
 
-    def signature(self, n_windows: int, truncated: bool) -> Tensor:
-        """What decides the layer calls of this batch, forwards and backwards: equal vectors, equal calls.
-
-        The windows read awake and the longest row's sleeps, [2 n]. Truncated backpropagation sleeps with and without
-        gradient by how many sleeps a row has left: then all numbers of sleeps count, and how far each is supervised,
-        [2 n + n (n + 1)].
-        """
-        awake = self.awake.new_zeros(n_windows)
-        used = min(n_windows, self.awake.shape[1])
-        awake[:used] = self.awake.any(0)[:used]
-        slept = torch.zeros_like(awake)
-        slept[self.sleeps if truncated else self.sleeps.max()] = True
-        parts = [awake, slept]
-        if truncated:
-            last = (self.awake * torch.arange(1, self.awake.shape[1] + 1, device=awake.device)).amax(1)
-            pairs = awake.new_zeros(n_windows, n_windows + 1)
-            pairs[self.sleeps, last] = True
-            parts.append(pairs.flatten())
-        return torch.cat(parts)
+    def signature(self, n_rounds: int) -> np.ndarray:
+        """Rounds that are awake and rounds in which rows end, [2 n_rounds] bool."""
+        awake, ending = np.zeros((2, n_rounds), dtype=bool)
+        awake[: len(self.awake)] = self.awake
+        ending[self.ends[self.ends >= 0]] = True
+        return np.concatenate([awake, ending])
 
 
 def equalise(batch: dict[str, Any], window_size: int, truncated: bool) -> dict[str, Any]:
@@ -73,7 +62,8 @@ def equalise(batch: dict[str, Any], window_size: int, truncated: bool) -> dict[s
     Args:
         batch: ``input_ids``, ``labels``, and ``attention_mask`` if rows are padded, [B, T] each.
         window_size: L.
-        truncated: whether gradient flows through the last sleeps of a row only.
+        truncated: whether gradient flows through the last sleeps of a row only, so that rows that end in different
+            rounds sleep in different groups.
 
     Returns:
         The batch right-padded, with ``awake``, and with more rows where something was missing.
@@ -81,39 +71,33 @@ def equalise(batch: dict[str, Any], window_size: int, truncated: bool) -> dict[s
     ids, labels = batch["input_ids"], batch["labels"]
     mask = batch.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
-    rounds = Rounds.of(labels, mask, window_size)
-    n_windows = rounds.sleeps.max() + 1
-    dist.all_reduce(n_windows, dist.ReduceOp.MAX)
-    n = int(n_windows)
-    mine = rounds.signature(n, truncated)
-    both = torch.cat([mine, ~mine]).to(torch.int32)
-    dist.all_reduce(both, dist.ReduceOp.MAX)
-    on_any, not_on_any = both.bool().chunk(2)
-    mine, everyone = mine.cpu(), on_any.cpu()
-    differ = bool((on_any & not_on_any).any())
-    # With truncation a row's calls depend on where it itself is supervised: then all rows are woken alike.
-    wake = [window for window in range(n) if differ and everyone[window] and (truncated or not mine[window])]
-    longest = int(everyone[n : 2 * n].nonzero().max())
-    wanted = range(n) if truncated else [longest]
-    extra = [sleeps for sleeps in wanted if everyone[n + sleeps] and not mine[n + sleeps]]
-
     order = mask.argsort(dim=1, descending=True, stable=True)
-    width = max(ids.shape[1], longest * window_size + 1)
-    padded = {
-        name: _grow(tensor.gather(1, order), width, len(extra), fill)
-        for name, tensor, fill in (("input_ids", ids, 0), ("labels", labels, IGNORE), ("attention_mask", mask, 0))
-    }
-    for place, sleeps in enumerate(extra, start=len(ids)):
-        padded["attention_mask"][place, : sleeps * window_size + 1] = 1
-    lengths = padded["attention_mask"].sum(1)
-    padded["awake"] = torch.zeros_like(padded["input_ids"], dtype=torch.bool)
-    woken = slice(None) if truncated else lengths.argmax()
-    padded["awake"][woken, [window * window_size for window in wake]] = True
-    if truncated:
-        # Rows are slept on in the order they come: on all ranks those without gradient, which are longer, come first.
-        rows = lengths.argsort(descending=True)
-        padded = {name: tensor[rows] for name, tensor in padded.items()}
-    return batch | padded
+    rows = {name: t.gather(1, order) for name, t in (("input_ids", ids), ("labels", labels), ("attention_mask", mask))}
+    labelled, real = torch.stack([rows["labels"] != IGNORE, rows["attention_mask"].bool()]).cpu().numpy()
+    mine = Calls.of(labelled, real, window_size)
+
+    most = torch.tensor(len(mine.awake), device=ids.device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    n_rounds = int(most)
+    union = torch.from_numpy(mine.signature(n_rounds)).to(ids.device, torch.int32)
+    dist.all_reduce(union, dist.ReduceOp.MAX)
+    awake_anywhere, ends_anywhere = union.bool().cpu().numpy().reshape(2, n_rounds)
+    awake_here, ends_here = mine.signature(n_rounds).reshape(2, n_rounds)
+
+    matters = ends_anywhere if truncated else np.arange(n_rounds) == n_rounds - 1
+    extra = (matters & ~ends_here).nonzero()[0].tolist()
+    ends = [*mine.ends.tolist(), *extra]
+    lengths = [end * window_size + 1 for end in extra]
+    width = max([ids.shape[1], *lengths])
+    padded = {name: _grow(t, width, len(extra), IGNORE if name == "labels" else 0) for name, t in rows.items()}
+    awake = np.zeros((len(ends), width), dtype=bool)
+    for row, length in enumerate(lengths, start=len(ids)):
+        padded["attention_mask"][row, :length] = 1
+        awake[row, length - 1] = True
+    if n_rounds:
+        woken = (awake_anywhere & ~awake_here).nonzero()[0]
+        awake[int(np.argmax(ends)), woken * window_size] = True
+    return batch | padded | {"awake": torch.from_numpy(awake).to(ids.device)}
 
 
 def _grow(tensor: Tensor, width: int, rows: int, fill: int) -> Tensor:

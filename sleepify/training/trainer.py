@@ -27,10 +27,11 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from sleepify.cache import SleepCache
 from sleepify.config import SleepConfig
 from sleepify.errors import SleepifyError
+from sleepify.memory import LayerKey, Memory
 from sleepify.modeling import SleepForCausalLM
+from sleepify.schedule import Sleep
 from sleepify.training.arguments import SleepTrainingArguments
 from sleepify.training.data import SleepCollator, TaskDataset
 from sleepify.training.optim import build_deepspeed_optimizer, build_optimizer
@@ -156,13 +157,11 @@ class SleepTrainer(Trainer):
         if self._sleeps and sharded and "labels" in inputs:
             config = self._config
             inputs = equalise(inputs, config.window_size, config.backprop_windows is not None)
-        cache = None
         if model.training and self._sleeps and self._logs_after_this_step():
-            cache = SleepCache()
-            inputs = _left_padded(inputs) | {"past_key_values": cache, "use_cache": False}
-        loss: Any = super().compute_loss(model, inputs, False, num_items_in_batch)
-        if cache is not None:
-            self._state_norms = state_norms(cache)
+            with state_norms(_sleeping(model)) as self._state_norms:
+                loss: Any = super().compute_loss(model, inputs, False, num_items_in_batch)
+        else:
+            loss = super().compute_loss(model, inputs, False, num_items_in_batch)
         # Rows that were added are nobody's predictions.
         return (loss, CausalLMOutputWithPast(loss=loss)) if return_outputs else loss
 
@@ -352,22 +351,26 @@ def _sleeping(model: nn.Module) -> SleepForCausalLM:
     return next(module for module in model.modules() if isinstance(module, SleepForCausalLM))
 
 
-def _left_padded(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The same rows as a model takes them together with a session."""
-    mask = inputs.get("attention_mask")
-    if mask is None:
-        return inputs
-    order = mask.argsort(dim=1, stable=True)
-    names = ("input_ids", "labels", "attention_mask", "awake")
-    return inputs | {name: inputs[name].gather(1, order) for name in names if name in inputs}
+@contextmanager
+def state_norms(model: SleepForCausalLM) -> Iterator[dict[str, float]]:
+    """Norm of each layer's fast weights after the latest sleep of each row, the mean over rows; by layer of the base.
 
+    Filled when the context ends.
+    """
+    latest: dict[LayerKey, dict[int, Tensor]] = {}
+    norms: dict[str, float] = {}
 
-def state_norms(cache: SleepCache) -> dict[str, float]:
-    """Norm of each layer's fast weights, the mean over the rows that have slept; by layer of the base."""
-    rows = [row for row, windows in enumerate(cache.windows) if windows]
-    norms = {}
-    for (index, inserted), layer in sorted(cache.memory.state.items()):
-        if rows and layer.recurrent is not None:
-            norm = layer.recurrent.detach()[rows].flatten(1).norm(dim=1).mean()
-            norms[f"state_norm/{'inserted_after' if inserted else 'layer'}_{index}"] = norm.item()
-    return norms
+    def note(each: Sleep, memory: Memory) -> None:
+        for key, layer in memory.state.items():
+            if layer.recurrent is not None:
+                sizes = layer.recurrent.detach().flatten(1).norm(dim=1)
+                latest.setdefault(key, {}).update(zip(each.rows, sizes.unbind(), strict=True))
+
+    model.watch = note
+    try:
+        yield norms
+    finally:
+        model.watch = None
+    for (index, inserted), rows in sorted(latest.items()):
+        place = "inserted_after" if inserted else "layer"
+        norms[f"state_norm/{place}_{index}"] = torch.stack(list(rows.values())).mean().item()

@@ -1,0 +1,127 @@
+"""Generation with a session: what of a prompt is new, which rows have ended, and what none of them has read yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin, StoppingCriteriaList
+
+from sleepify.cache import SleepCache
+
+
+class Ended(StoppingCriteriaList):
+    """Stopping criteria that remember which rows have met them, and the last token of each row.
+
+    Attributes:
+        rows: [B] bool; None before the first token.
+        last: the last token that each row made, [B, 1].
+    """
+
+    def __init__(self, criteria: Sequence[Any]) -> None:
+        super().__init__(criteria)
+        self.rows: Tensor | None = None
+        self.last: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        last = input_ids[:, -1:]
+        self.last = last if self.rows is None or self.last is None else torch.where(self.rows[:, None], self.last, last)
+        met = super().__call__(input_ids, scores, **kwargs)
+        self.rows = met if self.rows is None else self.rows | met
+        return met
+
+    def going_on(self) -> Tensor | None:
+        """Mask [B, 1] of the rows that read another token; None if there is but one row, which then goes on."""
+        return None if self.rows is None or len(self.rows) == 1 else ~self.rows[:, None]
+
+
+def left_padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Rows of ids [n] as one batch [B, T], padded on the left, and its mask."""
+    ids = torch.nn.utils.rnn.pad_sequence([row.flip(0) for row in rows], batch_first=True).flip(1)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).flip(1)
+    return ids, mask
+
+
+class SleepGeneration(GenerationMixin):
+    """``generate`` of a model that sleeps: transformers' own, around a `SleepCache`."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; a session that is handed over is moved forward as a whole, or not at all if this fails.
+
+        Args:
+            args, kwargs: those of ``GenerationMixin.generate``, any keyword of `forward` (``n_loops``), and
+            new_tokens: with ``past_key_values``, ``inputs`` are only what is new in the conversation, not all of it.
+        """
+        cache = kwargs.get("past_key_values")
+        before = cache.now if isinstance(cache, SleepCache) else None
+        try:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        except BaseException:
+            if isinstance(cache, SleepCache):
+                cache.now = before
+            raise
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        given = model_kwargs.get("past_key_values")
+        if given is not None and not isinstance(given, SleepCache):
+            raise ValueError(f"expected past_key_values to be a SleepCache, got {type(given).__name__}")
+        if (kind := generation_config.cache_implementation) not in (None, "static"):
+            raise ValueError(
+                f"expected cache_implementation=None or 'static', got {kind!r}: a sleeping model has its own SleepCache"
+            )
+        if given is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = SleepCache(fixed_shapes=kind == "static")
+
+    def _prefill(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], is_first_iteration: bool = True
+    ) -> Any:
+        """Read what of the prompt the session has not read; in one call, which goes window by window itself."""
+        arguments = dict(model_kwargs)
+        cache, only_new = arguments.get("past_key_values"), arguments.pop("new_tokens", False)
+        if cache is not None and cache.now is not None:
+            mask = arguments.get("attention_mask")
+            mask = torch.ones_like(input_ids) if mask is None else mask[:, -input_ids.shape[1] :]
+            if not only_new:
+                rows = cache.unread(input_ids, mask.bool())
+                input_ids, mask = left_padded(rows)
+                # It is among what was handed over.
+                cache.now = replace(cache.now, pending=())
+            arguments["attention_mask"] = mask
+        inputs = self.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **arguments)
+        model: Any = self
+        return model(**inputs, return_dict=True)
+
+    def _sample(
+        self, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """transformers' loop; rows that have ended are not read on with what fills their places."""
+        ended = Ended(stopping_criteria)
+        loop: Any = super()._sample  # type: ignore[misc]
+        output = loop(input_ids, logits_processor, ended, *args, ended=ended, **kwargs)
+        cache = kwargs.get("past_key_values")
+        if cache is not None and cache.now is not None and ended.last is not None:
+            cache.now = replace(cache.now, pending=tuple(ended.last.unbind(0)))
+        return output
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: SleepCache | None = None,
+        attention_mask: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        ended: Ended | None = None,
+        new_tokens: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """What one step reads: the whole prompt first, then one token of every row that goes on."""
+        if past_key_values is not None and not is_first_iteration:
+            input_ids = input_ids[:, -1:]
+            attention_mask = None if ended is None else ended.going_on()
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": past_key_values}
+        return inputs | {name: value for name, value in kwargs.items() if name != "labels"}

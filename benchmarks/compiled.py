@@ -7,19 +7,17 @@ Nothing is taken from the cache of earlier runs, so that the time it takes is th
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from benchmarks.models import Setting, small_ouro, text, windowed_step
-from benchmarks.report import RESULTS, Claim, Part, Spread, alternate, ratio, write_page
+from benchmarks.report import Claim, Part, Spread, alternate, page_arguments, publish, ratio
 from sleepify import SleepCache, SleepForCausalLM
 
 LOOPS = 4
@@ -115,24 +113,18 @@ def measure(tiny: bool, backend: str, repeats: int) -> list[Part]:
     return [gain, cost]
 
 
+INTRO = (
+    "Ouro of 256 channels with two Jet layers, one thread, float32, processor time, both in turn in one run. Median "
+    "(quartiles)."
+)
+
+
 def main(argv: list[str] | None = None) -> list[Part]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=8, help="rounds")
-    parser.add_argument("--output", type=Path, default=RESULTS / "compiled.md", help="where the page goes")
-    parser.add_argument("--tiny", action="store_true", help="to try the script, without code generation")
-    arguments = parser.parse_args(argv)
-    torch.set_num_threads(1)
+    arguments = page_arguments(argv, __doc__, "compiled", repeats=8)
     with TemporaryDirectory() as nothing_yet:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = nothing_yet
         parts = measure(arguments.tiny, "eager" if arguments.tiny else "inductor", arguments.repeats)
-    intro = (
-        "Ouro of 256 channels with two Jet layers, one thread, float32, processor time, both in turn in one run. "
-        "Median (quartiles)."
-    )
-    command = "python -m benchmarks.compiled"
-    write_page(arguments.output, title="Compiled layers", command=command, intro=intro, parts=parts)
-    print(arguments.output.read_text(encoding="utf-8"))
-    return parts
+    return publish(arguments, "Compiled layers", INTRO, parts)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,10 @@ round. On a GPU its own allocator's peak is read.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.models import SUPERVISED, Setting, small_ouro, text, windowed_step
-from benchmarks.report import RESULTS, Claim, Part, write_page
+from benchmarks.report import Claim, Part, page_arguments, publish
 from sleepify import SleepCache, SleepForCausalLM
 
 MODES = ("none", "loop", "window")
@@ -127,11 +125,7 @@ def measure(
 
 
 def main(argv: list[str] | None = None) -> list[Part]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=RESULTS / "memory.md", help="where the page goes")
-    parser.add_argument("--tiny", action="store_true", help="to try the script; its figures mean nothing")
-    arguments = parser.parse_args(argv)
-    torch.set_num_threads(1)
+    arguments = page_arguments(argv, __doc__, "memory", repeats=None)
     model = small_ouro(arguments.tiny)
     window = 2 * SUPERVISED + 2 if arguments.tiny else 128
     counts, loops = ((1, 2), (2,)) if arguments.tiny else ((2, 4, 8), (1, 4))
@@ -144,10 +138,7 @@ def main(argv: list[str] | None = None) -> list[Part]:
         'what enters a pass and runs it again; "window" keeps what enters a window, that is the state, and runs all N '
         "passes again, so that its peak is one window's, whatever T."
     )
-    command = "python -m benchmarks.memory"
-    write_page(arguments.output, title="Memory of training", command=command, intro=intro, parts=parts)
-    print(arguments.output.read_text(encoding="utf-8"))
-    return parts
+    return publish(arguments, "Memory of training", intro, parts)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,10 @@ Shapes are those of Jet-Nemotron 2B's layers and of the Jet layers inserted into
 
 from __future__ import annotations
 
-import argparse
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
-from benchmarks.report import RESULTS, Claim, Part, Spread, alternate, ratio, write_page
+from benchmarks.report import Claim, Part, Spread, alternate, page_arguments, publish, ratio
 from sleepify import ops
 
 Function = Callable[..., Any]
@@ -259,22 +257,14 @@ def measure_all(device: str, dtype: torch.dtype, repeats: int, tiny: bool, secon
 
 
 def main(argv: list[str] | None = None) -> list[Part]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=10, help="rounds")
-    parser.add_argument("--output", type=Path, default=RESULTS / "operations.md", help="where the page goes")
-    parser.add_argument("--tiny", action="store_true", help="to try the script; its figures mean nothing")
-    arguments = parser.parse_args(argv)
-    torch.set_num_threads(1)
+    arguments = page_arguments(argv, __doc__, "operations", repeats=10)
     parts = measure_all("cpu", torch.float32, arguments.repeats, arguments.tiny)
     intro = (
         "Batch 1, one thread, float32, processor time, the contenders in turn in one run. Median (quartiles). "
         "transformers' fallback is what its own hybrids run on a CPU; the reference goes token by token. All agree "
         "with ours, or the run stops."
     )
-    command = "python -m benchmarks.operations"
-    write_page(arguments.output, title="Operations", command=command, intro=intro, parts=parts)
-    print(arguments.output.read_text(encoding="utf-8"))
-    return parts
+    return publish(arguments, "Operations", intro, parts)
 
 
 if __name__ == "__main__":

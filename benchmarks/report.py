@@ -7,6 +7,7 @@ rounds, with quartiles; a ratio is taken within every round.
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
@@ -172,6 +173,35 @@ def write_json(path: Path, parts: Sequence[Part]) -> None:
         claims = [{**vars(claim), "holds": claim.holds} for claim in part.claims]
         content[part.title] = {"figures": part.figures, "claims": claims}
     _replace(path, json.dumps(content, indent=2, default=vars) + "\n")
+
+
+def page_arguments(
+    argv: Sequence[str] | None, description: str | None, name: str, *, repeats: int | None, unit: str = "rounds"
+) -> argparse.Namespace:
+    """The command line of a benchmark that writes ``docs/results/<name>.md``, and one thread for all that follows.
+
+    Args:
+        argv: words of the command line; None for those of the process.
+        description: the benchmark's docstring.
+        name: of the page, and of the module.
+        repeats: how often is measured by default; None if there is nothing to repeat.
+        unit: what is repeated.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if repeats is not None:
+        parser.add_argument("--repeats", type=int, default=repeats, help=unit)
+    parser.add_argument("--output", type=Path, default=RESULTS / f"{name}.md", help="where the page goes")
+    parser.add_argument("--tiny", action="store_true", help="to try the script; its figures mean nothing")
+    parser.set_defaults(command=f"python -m benchmarks.{name}")
+    torch.set_num_threads(1)
+    return parser.parse_args(argv)
+
+
+def publish(arguments: argparse.Namespace, title: str, intro: str, parts: list[Part]) -> list[Part]:
+    """Write the page where `page_arguments` were told, print it, and hand its parts back."""
+    write_page(arguments.output, title=title, command=arguments.command, intro=intro, parts=parts)
+    print(arguments.output.read_text(encoding="utf-8"))
+    return parts
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

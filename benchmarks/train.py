@@ -8,11 +8,9 @@ The paper's figure 6 at an eighth of its length: T = 1,500 and windows of 64 to 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -26,7 +24,7 @@ from benchmarks.models import (
     text,
     windowed_step,
 )
-from benchmarks.report import RESULTS, Claim, Part, Spread, alternate, ratio, write_page
+from benchmarks.report import Claim, Part, Spread, alternate, page_arguments, publish, ratio
 from sleepify import SleepForCausalLM
 
 LOOPS = (1, 2, 4, 6)
@@ -139,12 +137,7 @@ anybody's. *Time / parallel*: over its time, divided by ideal(N) / ideal(1). Med
 
 
 def main(argv: list[str] | None = None) -> list[Part]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=4, help="rounds")
-    parser.add_argument("--output", type=Path, default=RESULTS / "train.md", help="where the page goes")
-    parser.add_argument("--tiny", action="store_true", help="to try the script; its figures mean nothing")
-    arguments = parser.parse_args(argv)
-    torch.set_num_threads(1)
+    arguments = page_arguments(argv, __doc__, "train", repeats=4)
     tokens, windows = (75, (16, 32)) if arguments.tiny else (1500, (64, 128, 256, 512))
     loops = (1, 4) if arguments.tiny else LOOPS
     middle = windows[-2]
@@ -167,11 +160,7 @@ def main(argv: list[str] | None = None) -> list[Part]:
             part.claims.append(Claim(f"step time / ideal, N = 4, {where} looped, L = {window}", value, at_most=bound))
         parts.append(part)
     intro = INTRO.replace("\n", " ") + " One thread, float32, processor time."
-    write_page(
-        arguments.output, title="A step of training", command="python -m benchmarks.train", intro=intro, parts=parts
-    )
-    print(arguments.output.read_text(encoding="utf-8"))
-    return parts
+    return publish(arguments, "A step of training", intro, parts)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,10 @@ medians, ratios are taken within every round. The base decodes the same text wit
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.models import wake_up
-from benchmarks.report import RESULTS, Claim, Part, Spread, alternate, ratio, write_page
+from benchmarks.report import Claim, Part, Spread, alternate, page_arguments, publish, ratio
 from sleepify import SleepCache, SleepForCausalLM, sleepify
 
 
@@ -210,12 +208,7 @@ def measure_prompt(what: Inference, repeats: int, seconds: float | None = None) 
 
 
 def main(argv: list[str] | None = None) -> list[Part]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=200, help="timed tokens per setting")
-    parser.add_argument("--output", type=Path, default=RESULTS / "wake.md", help="where the page goes")
-    parser.add_argument("--tiny", action="store_true", help="to try the script; its figures mean nothing")
-    arguments = parser.parse_args(argv)
-    torch.set_num_threads(1)
+    arguments = page_arguments(argv, __doc__, "wake", repeats=200, unit="timed tokens per setting")
     window, n_windows, n_loops = (4, (1, 4), (1, 6)) if arguments.tiny else (64, (1, 8, 32, 128), (1, 2, 6))
     most = max(n_windows)
     model = small_qwen(arguments.tiny, window, most)
@@ -229,10 +222,7 @@ def main(argv: list[str] | None = None) -> list[Part]:
         "Qwen3 of 8 layers and 256 channels with 2 inserted Gated DeltaNet layers, hard eviction, one thread, float32, "
         "processor time, all settings in turn in one run. Median (quartiles)."
     )
-    command = "python -m benchmarks.wake"
-    write_page(arguments.output, title="Waking and sleeping", command=command, intro=intro, parts=parts)
-    print(arguments.output.read_text(encoding="utf-8"))
-    return parts
+    return publish(arguments, "Waking and sleeping", intro, parts)
 
 
 if __name__ == "__main__":

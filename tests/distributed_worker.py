@@ -20,11 +20,11 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from families import randomise, tiny_base
+from families import tiny_base
+from small import sleeping
 from torch.utils.data import Dataset
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from sleepify import sleepify
 from sleepify.training import SleepCollator, SleepTrainer, SleepTrainingArguments
 
 STEPS = 5
@@ -79,8 +79,7 @@ def build(scenario: dict[str, Any], directory: Path, world: int) -> SleepTrainer
     accumulation = scenario.pop("accumulation", 1)
     torch.manual_seed(0)
     base = tiny_base("qwen3", torch.float32, num_hidden_layers=2)
-    model = sleepify(base, **({"n_loops": 2, "window_size": 6} | sleep))
-    randomise(model.fast_weights)
+    model = sleeping(base, **({"n_loops": 2, "window_size": 6, "fast_weights": None} | sleep))
     arguments = {
         "output_dir": str(directory),
         "max_steps": STEPS,

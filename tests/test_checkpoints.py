@@ -11,22 +11,16 @@ import torch
 from families import randomise, tiny_base, tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small import sleeping
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sleepify import CheckpointError, FastWeightConfig, SleepConfig, SleepForCausalLM, checkpoints, sleepify
+from sleepify import CheckpointError, SleepConfig, SleepForCausalLM, checkpoints, sleepify
 
 
 @pytest.fixture
 def base_dir(tmp_path):
     tiny_base("qwen3", dtype=torch.float32).save_pretrained(tmp_path / "base")
     return tmp_path / "base"
-
-
-def sleeping(base, **keywords):
-    keywords.setdefault("fast_weights", FastWeightConfig(layers=[0, 2]))
-    model = sleepify(base, **({"n_loops": 3, "window_size": 5} | keywords)).eval()
-    randomise(model.fast_weights)
-    return model
 
 
 def logits(model):

@@ -8,6 +8,7 @@ from families import VOCAB, randomise, tiny_base, tokens, true_float64
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import IGNORE, loss_of, read_row
+from small import sleeping
 from tolerances import EXACT, EXACT_GRAD, assert_close
 
 from sleepify import FastWeightConfig, SleepCache, sleepify
@@ -22,14 +23,6 @@ def exactly():
 
 SETTINGS = settings(max_examples=12, deadline=None, derandomize=True)
 EVICTION = st.sampled_from(["hard", "sliding"])
-
-
-def sleeping(family: str = "qwen3", **keywords):
-    """A tiny model whose inserted layers do something."""
-    keywords.setdefault("fast_weights", FastWeightConfig(layers=[0, 2]))
-    model = sleepify(tiny_base(family), **({"n_loops": 3, "window_size": 5} | keywords))
-    randomise(model.fast_weights)
-    return model
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_worker import run
-from families import randomise, tiny_base, tokens, true_float64
+from families import tokens, true_float64
+from small import trainable
 from tolerances import DISTRIBUTED, DISTRIBUTED_MUON, EXACT_GRAD, assert_close
 
-from sleepify import sleepify
 from sleepify.training import SleepCollator, SleepTrainer, SleepTrainingArguments, rounds
 from sleepify.training.optim import build_deepspeed_optimizer
 
@@ -161,13 +161,6 @@ def test_a_signal_to_one_rank_stops_all_in_the_same_step_with_a_checkpoint(two):
     assert (two["terminated"]["code"], two["terminated"]["saved"]) == (143, ["checkpoint-2"])
 
 
-def small_model(dtype=torch.float32, **keywords):
-    torch.manual_seed(3)
-    model = sleepify(tiny_base("qwen3", dtype, num_hidden_layers=2), **({"n_loops": 2, "window_size": 8} | keywords))
-    randomise(model.fast_weights)
-    return model
-
-
 @pytest.mark.parametrize("name", ["fsdp", "deepspeed"])
 def test_sharding_that_would_quietly_be_left_out_is_refused(tmp_path, monkeypatch, name):
     if name == "deepspeed":
@@ -176,13 +169,13 @@ def test_sharding_that_would_quietly_be_left_out_is_refused(tmp_path, monkeypatc
     monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
     arguments = SleepTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(ValueError, match=f"{name} to be available.*quietly"):
-        SleepTrainer(small_model(), arguments, data_collator=SleepCollator(0))
+        SleepTrainer(trainable(), arguments, data_collator=SleepCollator(0))
 
 
 def test_clipping_of_muons_updates_under_deepspeed_is_refused(tmp_path):
     pytest.importorskip("deepspeed", reason="ZeRO is DeepSpeed's")
     with pytest.raises(ValueError, match="max_grad_norm=0 with Muon under DeepSpeed, got 1.0"):
-        build_deepspeed_optimizer(small_model(), SleepTrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+        build_deepspeed_optimizer(trainable(), SleepTrainingArguments(output_dir=str(tmp_path), use_cpu=True))
 
 
 def calls(model, batch):
@@ -234,7 +227,7 @@ def test_ranks_with_different_rows_call_the_same_layers_and_keep_their_gradients
 
     monkeypatch.setattr(rounds.dist, "all_reduce", all_reduce)
     with true_float64():
-        model = small_model(torch.float64, **keywords)
+        model = trainable(dtype=torch.float64, **keywords)
         before = [calls(model, batch) for batch in batches]
         after = [calls(model, rounds.equalise(batch, 8, truncated)) for batch in batches]
     assert len({str(order) for order, _ in before}) > 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from families import randomise, tiny_base, tokens
+from small import sleeping
 
 from sleepify import (
     CacheMismatchError,
@@ -18,9 +19,7 @@ from sleepify import (
 
 @pytest.fixture(scope="module")
 def model():
-    model = sleepify(tiny_base("qwen3"), n_loops=2, window_size=4, fast_weights=FastWeightConfig(layers=[0, 2]))
-    randomise(model.fast_weights)
-    return model
+    return sleeping(n_loops=2, window_size=4)
 
 
 @pytest.mark.parametrize(

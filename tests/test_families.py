@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 
 import pytest
+import small
 import torch
 from families import FAMILIES, HYBRID, randomise, tiny_base, tokens, true_float64
 from tolerances import EXACT, FLOAT32, assert_close
@@ -31,9 +32,7 @@ def base_logits(base, family, ids, **keywords):
 
 
 def sleeping(family, **keywords):
-    model = sleepify(tiny_base(family), **({"n_loops": 3, "window_size": 4} | keywords))
-    randomise(model.fast_weights)
-    return model
+    return small.sleeping(family, **({"window_size": 4, "fast_weights": None} | keywords))
 
 
 def test_every_listed_family_has_a_row():

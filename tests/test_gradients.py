@@ -5,8 +5,9 @@ from __future__ import annotations
 from unittest.mock import patch
 
 import pytest
+import small
 import torch
-from families import randomise, tiny_base, tokens, true_float64
+from families import tiny_base, tokens, true_float64
 from reference import IGNORE, loss_of, read_row
 from tolerances import EXACT_GRAD, QUOTIENT, assert_close
 
@@ -23,10 +24,7 @@ def exactly():
 
 
 def sleeping(eviction: str = "hard", family: str = "qwen3", **keywords):
-    keywords.setdefault("fast_weights", FastWeightConfig(layers=[0, 2]))
-    model = sleepify(tiny_base(family), **({"n_loops": 3, "window_size": 4, "eviction": eviction} | keywords))
-    randomise(model.fast_weights)
-    return model.train()
+    return small.sleeping(family, eviction=eviction, **({"window_size": 4} | keywords)).train()
 
 
 def batch():

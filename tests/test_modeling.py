@@ -7,9 +7,10 @@ import pickle
 
 import pytest
 import torch
-from families import FAMILIES, VOCAB, randomise, tiny_base, tokens, true_float64
+from families import FAMILIES, VOCAB, tiny_base, tokens, true_float64
 from safetensors import safe_open
 from safetensors.torch import save_file
+from small import sleeping
 from tolerances import EXACT, EXACT_GRAD, FLOAT32, PARITY, assert_close
 from transformers import AutoModelForCausalLM, DynamicCache, TextStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -23,14 +24,6 @@ from sleepify import (
     SleepForCausalLM,
     sleepify,
 )
-
-
-def sleeping(family="qwen3", dtype=torch.float64, **keywords):
-    keywords.setdefault("fast_weights", FastWeightConfig(layers=[0, 2]))
-    model = sleepify(tiny_base(family, dtype=dtype), **({"n_loops": 3, "window_size": 5} | keywords))
-    randomise(model.fast_weights)
-    return model
-
 
 # --- generate
 

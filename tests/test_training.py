@@ -6,7 +6,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from families import randomise, tiny_base, tokens, true_float64
+from families import tiny_base, tokens, true_float64
+from small import trainable as sleeping
 from tolerances import BFLOAT16, DISTRIBUTED, EXACT_GRAD, assert_close
 from transformers import TrainerCallback
 
@@ -24,14 +25,6 @@ from sleepify.training import (
 from sleepify.training.trainer import loops_of_step
 
 TASK = Rule110(width=8, n_strings=2, steps=2)
-
-
-def sleeping(family="qwen3", dtype=torch.float32, layers=2, **keywords):
-    torch.manual_seed(3)
-    base = tiny_base(family, dtype, **({"num_hidden_layers": layers} if layers else {}))
-    model = sleepify(base, **({"n_loops": 2, "window_size": 8} | keywords))
-    randomise(model.fast_weights)
-    return model
 
 
 def arguments(directory, **changes):

@@ -16,22 +16,22 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
+from torch.nn import functional as F
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama as llama
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.utils import logging
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.generic import can_return_tuple
+
+from sleepify.models.decoder import CausalLM, Decoder, DecoderConfig, NativePreTrainedModel
 
 logger = logging.get_logger(__name__)
 
 
 @strict
-class OuroConfig(PreTrainedConfig):
+class OuroConfig(DecoderConfig):
     """Configuration under the published field names.
 
     ``total_ut_steps`` (N), ``early_exit_threshold`` and ``early_exit_step`` are read from the config at every call, so
@@ -42,40 +42,24 @@ class OuroConfig(PreTrainedConfig):
     """
 
     model_type = "ouro"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    attention_bias = False  # for LlamaAttention; no field, as the published files have none
 
-    vocab_size: int = 151936
     hidden_size: int = 4096
     intermediate_size: int = 22016
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
     num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    hidden_act: str = "silu"
     max_position_embeddings: int = 32768
-    initializer_range: float = 0.02
-    rms_norm_eps: float = 1e-6
-    use_cache: bool = True
     tie_word_embeddings: bool = False
-    rope_parameters: dict | None = None
-    attention_dropout: float | int = 0.0
     use_sliding_window: bool = False
-    sliding_window: int | None = None
     layer_types: list[str] | None = None
     total_ut_steps: int = 4
     early_exit_threshold: float | int | None = 1.0
     early_exit_step: int | None = None
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.total_ut_steps < 1:
             raise ValueError(f"total_ut_steps must be at least 1, got {self.total_ut_steps}")
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
         if self.layer_types is None:
             self.layer_types = ["full_attention"] * self.num_hidden_layers
         if self.use_sliding_window or set(self.layer_types) != {"full_attention"}:
@@ -84,64 +68,15 @@ class OuroConfig(PreTrainedConfig):
                 f"got use_sliding_window={self.use_sliding_window} and {sorted(set(self.layer_types))}"
             )
         self.sliding_window = None  # published files may carry the unused width
-        kwargs.pop("auto_map", None)  # names the remote code that this class replaces
         super().__post_init__(**kwargs)
 
 
-class OuroRMSNorm(nn.Module):
-    """x / rms(x) in float32 (at least), cast back, and only then times the weight."""
-
-    def __init__(self, hidden_size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.eps = eps
+class OuroRMSNorm(nn.RMSNorm):
+    """x / rms(x) in float32 (at least), cast back to x's dtype, and only then times the weight."""
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
-
-
-class OuroAttention(nn.Module):
-    """Causal grouped-query attention without biases; the cache slot of a pass is the caller's to choose."""
-
-    def __init__(self, config: OuroConfig, layer_idx: int) -> None:
-        super().__init__()
-        assert config.head_dim is not None  # filled by the config
-        n_heads, n_kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = n_heads // n_kv_heads
-        self.scaling = self.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
-        self.is_causal = True
-        self.q_proj = nn.Linear(config.hidden_size, n_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, n_kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, n_kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(n_heads * self.head_dim, config.hidden_size, bias=False)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Any = None,
-        past_key_values: Cache | None = None,
-        cache_slot: int | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        n_rows, n_tokens, _ = hidden_states.shape
-        heads = (n_rows, n_tokens, -1, self.head_dim)
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        query, key, value = (project(hidden_states).view(heads).transpose(1, 2) for project in projections)
-        query, key = qwen2.apply_rotary_pos_emb(query, key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx if cache_slot is None else cache_slot)
-        implementation, eager = self.config._attn_implementation, qwen2.eager_attention_forward
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
-        kwargs |= {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
-        output, weights = attend(self, query, key, value, attention_mask, **kwargs)
-        return self.o_proj(output.reshape(n_rows, n_tokens, -1)), weights
+        unit = F.rms_norm(x, self.normalized_shape, eps=self.eps)  # autocast leaves it in float32
+        return self.weight * unit.to(x.dtype)
 
 
 class OuroDecoderLayer(GradientCheckpointingLayer):
@@ -149,45 +84,26 @@ class OuroDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: OuroConfig, layer_idx: int) -> None:
         super().__init__()
-        self.self_attn = OuroAttention(config, layer_idx)
+        self.self_attn = llama.LlamaAttention(config, layer_idx)  # type: ignore[arg-type]
         self.mlp = qwen2.Qwen2MLP(config)
         self.input_layernorm = OuroRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.input_layernorm_2 = OuroRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = OuroRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm_2 = OuroRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Any = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        use_cache: bool | None = False,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        cache_slot: int | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """[B,T,D] -> [B,T,D]. ``cache_slot``: where keys and values go; by default the layer's own index."""
-        normed = self.input_layernorm(hidden_states)
-        kwargs |= {"position_ids": position_ids, "cache_slot": cache_slot}
-        attended, _ = self.self_attn(normed, position_embeddings, attention_mask, past_key_values, **kwargs)
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """[B,T,D] -> [B,T,D]; what else ``LlamaAttention`` takes by keyword."""
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + self.input_layernorm_2(attended)
         mixed = self.mlp(self.post_attention_layernorm(hidden_states))
         return hidden_states + self.post_attention_layernorm_2(mixed)
 
 
-class OuroPreTrainedModel(PreTrainedModel):
+class OuroPreTrainedModel(NativePreTrainedModel):
     config_class = OuroConfig
     config: OuroConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
     _no_split_modules = ["OuroDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": OuroDecoderLayer, "attentions": OuroAttention}
+    _can_record_outputs = {"hidden_states": OuroDecoderLayer, "attentions": llama.LlamaAttention}
 
 
 @dataclass
@@ -222,64 +138,50 @@ def reserve_slots(cache: Cache, n_layers: int, n_loops: int) -> None:
         )
 
 
-class OuroModel(OuroPreTrainedModel):
-    """The looped decoder: ids in, normalised state of the last pass out."""
+class PassCache:
+    """One pass's layers of a cache that holds those of all: what ``LlamaAttention`` asks of a cache."""
+
+    def __init__(self, cache: Cache, first: int) -> None:
+        self.cache = cache
+        self.first = first
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [B,H,T,K] of layer ``layer_idx`` of this pass in, all that it has by now out."""
+        return self.cache.update(keys, values, self.first + layer_idx)
+
+
+class OuroModel(OuroPreTrainedModel, Decoder):
+    """The looped decoder: ids in, normalised state of the last pass out.
+
+    With ``output_loop_states=True`` its forward pass also returns the state after every pass.
+    """
+
+    layer_class = OuroDecoderLayer
+    norm_class = OuroRMSNorm
 
     def __init__(self, config: OuroConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([OuroDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = OuroRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = qwen2.Qwen2RotaryEmbedding(config)  # type: ignore[arg-type]
         self.early_exit_gate = nn.Linear(config.hidden_size, 1)
-        self.gradient_checkpointing = False
         self.post_init()
 
-    @merge_with_config_defaults  # type: ignore[untyped-decorator]
-    @capture_outputs  # type: ignore[untyped-decorator]
-    def forward(
+    def reserve(self, cache: Cache) -> None:
+        reserve_slots(cache, len(self.layers), self.config.total_ut_steps)
+
+    def run(
         self,
-        input_ids: Tensor | None = None,
-        attention_mask: Any = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
+        hidden_states: Tensor,
+        masks: dict[str, Any],
+        past_key_values: Cache | None,
         output_loop_states: bool = False,
         **kwargs: Any,
     ) -> OuroModelOutput:
-        """N passes over [B,T] ids (or [B,T,D] embeddings).
-
-        Args:
-            position_ids: [B,T]; by default they count on from the cache's length, whatever the mask.
-            output_loop_states: also return the state after every pass.
-        """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("expected exactly one of input_ids and inputs_embeds")
-        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        n_layers, n_loops = len(self.layers), self.config.total_ut_steps
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if past_key_values is not None:
-            reserve_slots(past_key_values, n_layers, n_loops)
-        if position_ids is None:
-            n_past = 0 if past_key_values is None else past_key_values.get_seq_length()
-            position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None] + n_past
-        if isinstance(attention_mask, dict):  # made beforehand by generate
-            mask = attention_mask["full_attention"]
-        else:
-            mask = create_causal_mask(self.config, hidden_states, attention_mask, past_key_values, position_ids)
-        kwargs |= {
-            "attention_mask": mask,
-            "position_ids": position_ids,
-            "past_key_values": past_key_values,
-            "use_cache": use_cache,
-            "position_embeddings": self.rotary_emb(hidden_states, position_ids),
-        }
+        """N passes, each closed by the norm; slots of the cache are reserved."""
         loop_hidden_states: list[Tensor] = []
-        for loop in range(n_loops):
-            for i, layer in enumerate(self.layers):
-                hidden_states = layer(hidden_states, cache_slot=loop * n_layers + i, **kwargs)
+        for loop in range(self.config.total_ut_steps):
+            if past_key_values is not None:
+                kwargs["past_key_values"] = PassCache(past_key_values, loop * len(self.layers))
+            for layer in self.layers:
+                hidden_states = layer(hidden_states, attention_mask=masks["full_attention"], **kwargs)
             hidden_states = self.norm(hidden_states)
             if output_loop_states:
                 loop_hidden_states.append(hidden_states)
@@ -321,16 +223,11 @@ class OuroModel(OuroPreTrainedModel):
         return (~reached | (threshold >= 1)).long().cumprod(-1).sum(-1)
 
 
-class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
+class OuroForCausalLM(OuroPreTrainedModel, CausalLM):
     """Ouro with its language-model head. Every pass is always run; early exit only chooses whose state is read."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config: OuroConfig) -> None:
-        super().__init__(config)
-        self.model = OuroModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    decoder_class = OuroModel
+    model: OuroModel
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(

@@ -7,22 +7,18 @@ steps. It is a `transformers.Cache` so that `generate` accepts it.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from sleepify.errors import CacheMismatchError, CheckpointError
+from sleepify.errors import CacheMismatchError
 from sleepify.memory import LayerState, Memory
+from sleepify.session_file import Session, read_session, write_session
 
-_VERSION = 1
 _COUNTS = ("open_lengths", "retained", "seen", "windows")
 
 
@@ -244,64 +240,31 @@ class SleepCache(Cache):
         return self
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the session to one safetensors file, beside and renamed. Whoever loads it needs the same model."""
+        """Write the session to one safetensors file, beside and renamed, with a digest of all that is in it.
+
+        Whoever loads it needs the same model.
+        """
         if self.owner is None or self.open_ids is None:
             raise ValueError("expected a cache that has read something, got an empty one")
-        tensors = {"open_ids": self.open_ids}
-        for prefix, state in (("state", self.memory.state), ("start", self.at_start)):
-            for (index, place), layer in state.items():
-                parts = {"conv": layer.conv, "recurrent": layer.recurrent}
-                tensors |= {f"{prefix}.{index}.{place}.{n}": t for n, t in parts.items() if t is not None}
-        for index, (keys, values) in self.memory.kv.items():
-            tensors |= {f"keys.{index}": keys, f"values.{index}": values}
         counts = {name: getattr(self, name) for name in (*_COUNTS, "owner", "columns")}
-        manifest = {"version": _VERSION, "kv_lengths": list(self.memory.kv_lengths), **counts}
-        path = Path(path)
-        draft = path.with_name(f".{path.name}.new")
-        try:
-            whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-            save_file(whole, draft, metadata={"sleep_cache": json.dumps(manifest)})
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
+        write_session(path, Session(self.memory, self.at_start, self.open_ids, counts))
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> SleepCache:
+    def load(cls, path: str | os.PathLike, verify: bool = True) -> SleepCache:
         """Read a session that `save` wrote; which model it belongs to is checked when it is used.
 
+        Args:
+            path: the file.
+            verify: compare its digest; with False, only names, shapes and counts are compared with each other.
+
         Raises:
-            CheckpointError: for a damaged file, one that holds no session, or a state narrower than float32.
+            CheckpointError: for a file that is damaged, altered or not whole, or a state narrower than float32.
         """
-        try:
-            with safe_open(path, framework="pt") as opened:
-                tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (no mapping)
-                manifest = json.loads((opened.metadata() or {}).get("sleep_cache", "{}"))
-        except SafetensorError as error:
-            raise CheckpointError(f"expected a whole session file {path}, got a damaged one ({error})") from error
-        if manifest.get("version") != _VERSION:
-            raise CheckpointError(
-                f"expected a session of version {_VERSION} in {path}, got {manifest.get('version')}; "
-                "read the text again"
-            )
+        session = read_session(path, verify=verify)
         cache = cls()
-        states: dict[str, dict[tuple[int, int], dict[str, Tensor]]] = {"state": {}, "start": {}}
-        kv: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            kind, *rest = name.split(".")
-            if kind in states:
-                if rest[2] == "recurrent" and torch.promote_types(tensor.dtype, torch.float32) != tensor.dtype:
-                    raise CheckpointError(
-                        f"expected a state of float32 or wider in {path}, got {tensor.dtype} ({name})"
-                    )
-                states[kind].setdefault((int(rest[0]), int(rest[1])), {})[rest[2]] = tensor
-            elif kind in ("keys", "values"):
-                kv.setdefault(int(rest[0]), {})[kind] = tensor
-        cache.open_ids = tensors["open_ids"]
-        for name in (*_COUNTS, "owner", "columns"):
-            setattr(cache, name, manifest[name])
-        state, cache.at_start = ({k: LayerState(**parts) for k, parts in states[kind].items()} for kind in states)
-        pairs = {index: (pair["keys"], pair["values"]) for index, pair in kv.items()}
-        cache.memory = Memory(len(cache.seen), state, pairs, tuple(manifest["kv_lengths"]))
+        cache.memory, cache.at_start, cache.open_ids = session.memory, session.at_start, session.open_ids
+        for name, value in session.counts.items():
+            setattr(cache, name, value)
         return cache
 
     def __len__(self) -> int:

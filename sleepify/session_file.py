@@ -1,0 +1,168 @@
+"""A session as one safetensors file that carries its own digest; read back, it is checked against itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sleepify.errors import CheckpointError
+from sleepify.files import is_sealed, read_tensors, write_sealed
+from sleepify.memory import LayerKey, LayerState, Memory
+
+_VERSION = 2
+_MANIFEST = "sleep_cache"
+_PLACES = ("conv", "recurrent")
+_NAME = re.compile(r"open_ids|(state|start)\.\d+\.[01]\.(conv|recurrent)|(keys|values)\.\d+")
+_PER_ROW = ("open_lengths", "retained", "seen", "windows", "kv_lengths")
+
+
+@dataclass(frozen=True)
+class Session:
+    """What is kept of B rows.
+
+    Attributes:
+        memory: state, keys and values as they are awake.
+        at_start: the state when the open window began.
+        open_ids: [B, L], ids of the open window.
+        counts: ``open_lengths``, ``retained``, ``seen``, ``windows`` (B whole numbers each), ``columns``, ``owner``.
+    """
+
+    memory: Memory
+    at_start: dict[LayerKey, LayerState]
+    open_ids: Tensor
+    counts: dict[str, Any]
+
+
+def write_session(path: str | os.PathLike, session: Session) -> None:
+    """Write ``path`` beside and rename it."""
+    tensors = {"open_ids": session.open_ids}
+    for prefix, state in (("state", session.memory.state), ("start", session.at_start)):
+        for (index, inserted), layer in state.items():
+            parts = zip(_PLACES, layer, strict=True)
+            tensors |= {f"{prefix}.{index}.{inserted}.{place}": part for place, part in parts if part is not None}
+    for index, (keys, values) in session.memory.kv.items():
+        tensors |= {f"keys.{index}": keys, f"values.{index}": values}
+    counts = session.counts | {"kv_lengths": list(session.memory.kv_lengths)}
+    manifest = {"version": _VERSION, "tensors": _shapes(tensors), "counts": counts}
+    write_sealed(Path(path), tensors, {_MANIFEST: json.dumps(manifest, sort_keys=True)})
+
+
+def read_session(path: str | os.PathLike, *, verify: bool = True) -> Session:
+    """Read what `write_session` wrote.
+
+    Args:
+        path: the file.
+        verify: compare the digest; with False, only names, shapes and counts are compared with each other.
+
+    Raises:
+        CheckpointError: naming what is missing, altered, or does not agree.
+    """
+    tensors, metadata = read_tensors(path)
+    manifest = _manifest(path, metadata)
+    shapes = _shapes(tensors)
+    if shapes != manifest["tensors"]:
+        differing = sorted(
+            name for name in shapes.keys() | manifest["tensors"] if shapes.get(name) != manifest["tensors"].get(name)
+        )
+        missing = [name for name in differing if name not in shapes]
+        raise _wrong(
+            path,
+            f"its tensors are not those that its manifest lists: {differing[:4]} differ, {missing[:4]} are missing",
+        )
+    if verify and not is_sealed(tensors, metadata):
+        raise CheckpointError(
+            f"expected {path} to have the contents that were saved, found it altered or damaged; fetch it again, or "
+            "read the text again (verify=False loads it as it is)"
+        )
+    counts = manifest["counts"]
+    _check_counts(path, counts, tensors.get("open_ids"))
+    states, kv = _check_tensors(path, counts, tensors)
+    lengths = tuple(counts.pop("kv_lengths"))
+    memory = Memory(len(lengths), states["state"], kv, lengths)
+    return Session(memory, states["start"], tensors["open_ids"], counts)
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, list[Any]]:
+    return {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
+
+
+def _wrong(path: str | os.PathLike, what: str) -> CheckpointError:
+    return CheckpointError(f"expected a whole session in {path}, but {what}; fetch it again, or read the text again")
+
+
+def _manifest(path: str | os.PathLike, metadata: dict[str, str]) -> dict[str, Any]:
+    try:
+        manifest = json.loads(metadata.get(_MANIFEST, "{}"))
+        version = manifest.get("version")
+    except (ValueError, AttributeError) as error:
+        raise _wrong(path, f"its manifest cannot be read ({error})") from error
+    if version != _VERSION:
+        raise CheckpointError(f"expected a session of version {_VERSION} in {path}, got {version}; read the text again")
+    if not all(isinstance(manifest.get(key), dict) for key in ("tensors", "counts")):
+        raise _wrong(path, f"its manifest holds {sorted(manifest)}, not tensors and counts")
+    return dict(manifest)
+
+
+def _check_counts(path: str | os.PathLike, counts: dict[str, Any], open_ids: Tensor | None) -> None:
+    """Counts against each other and against the ids of the open window."""
+    if missing := sorted({*_PER_ROW, "columns", "owner"} - counts.keys()):
+        raise _wrong(path, f"its counts lack {missing}")
+    if open_ids is None or open_ids.dtype != torch.long or open_ids.dim() != 2 or not open_ids.numel():
+        raise _wrong(path, "it has no open_ids [B, L] of whole numbers")
+    rows, window = open_ids.shape
+    numbers = {name: counts[name] for name in _PER_ROW} | {"columns": [counts["columns"]] * rows}
+    for name, values in numbers.items():
+        whole = isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+        if not whole or len(values) != rows:
+            raise _wrong(path, f"expected {name} of {rows} rows in whole numbers from 0, got {values}")
+    for row in range(rows):
+        opened, retained, seen, _, kept = (counts[name][row] for name in _PER_ROW)
+        if not (opened <= window and opened <= seen and retained + opened == kept):
+            raise _wrong(
+                path,
+                f"row {row} cannot have seen={seen}, open_lengths={opened}, retained={retained} and kv_lengths={kept} "
+                f"with windows of {window}",
+            )
+
+
+def _check_tensors(
+    path: str | os.PathLike, counts: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[dict[str, dict[LayerKey, LayerState]], dict[int, tuple[Tensor, Tensor]]]:
+    """States, and keys and values, whose shapes agree with the counts."""
+    rows, columns = len(counts["seen"]), max(counts["kv_lengths"])
+    states: dict[str, dict[LayerKey, LayerState]] = {"state": {}, "start": {}}
+    pairs: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if not _NAME.fullmatch(name):
+            raise _wrong(path, f"it holds {name}, which no session has")
+        kind, *rest = name.split(".")
+        if tensor.shape[:1] != (rows,):
+            raise _wrong(path, f"{name} is of shape {tuple(tensor.shape)}, not of {rows} rows")
+        if kind in states:
+            if rest[2] == "recurrent" and torch.promote_types(tensor.dtype, torch.float32) != tensor.dtype:
+                raise CheckpointError(f"expected a state of float32 or wider in {path}, got {tensor.dtype} ({name})")
+            key = (int(rest[0]), int(rest[1]))
+            states[kind][key] = states[kind].get(key, LayerState())._replace(**{rest[2]: tensor})
+        elif name != "open_ids":
+            pairs.setdefault(int(rest[0]), {})[kind] = tensor
+    if any(counts["windows"]) and states["state"].keys() != states["start"].keys():
+        raise _wrong(path, f"it slept {counts['windows']} times and has no state of the open window's start")
+    kv: dict[int, tuple[Tensor, Tensor]] = {}
+    for index, pair in pairs.items():
+        if pair.keys() != {"keys", "values"}:
+            raise _wrong(path, f"layer {index} has {sorted(pair)}, not keys and values")
+        keys, values = pair["keys"], pair["values"]
+        if not (keys.dim() == values.dim() == 4 and keys.shape[:3] == values.shape[:3] and keys.shape[2] >= columns):
+            shapes = f"{tuple(keys.shape)} and {tuple(values.shape)}"
+            raise _wrong(path, f"keys and values of layer {index} are {shapes}, for {columns} columns")
+        kv[index] = (keys, values)
+    if len({keys.shape[2] for keys, _ in kv.values()}) > 1:
+        raise _wrong(path, "its layers keep keys of different lengths")
+    return states, kv

@@ -247,7 +247,7 @@ class SleepCache(Cache):
         if self.owner is None or self.open_ids is None:
             raise ValueError("expected a cache that has read something, got an empty one")
         counts = {name: getattr(self, name) for name in (*_COUNTS, "owner", "columns")}
-        write_session(path, Session(self.memory, self.at_start, self.open_ids, counts))
+        write_session(path, Session(self.memory, self.at_start, {"open_ids": self.open_ids}, counts))
 
     @classmethod
     def load(cls, path: str | os.PathLike, verify: bool = True) -> SleepCache:
@@ -262,7 +262,7 @@ class SleepCache(Cache):
         """
         session = read_session(path, verify=verify)
         cache = cls()
-        cache.memory, cache.at_start, cache.open_ids = session.memory, session.at_start, session.open_ids
+        cache.memory, cache.at_start, cache.open_ids = session.memory, session.at_start, session.ids["open_ids"]
         for name, value in session.counts.items():
             setattr(cache, name, value)
         return cache

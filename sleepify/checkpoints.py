@@ -90,6 +90,7 @@ class SleepCheckpoint(PreTrainedModel):
             super().save_pretrained(directory, is_main_process, **kwargs)
             if writes:
                 manifest.write_manifest(directory)
+            torch.distributed.barrier()
             return
         if not writes:
             # Where parameters are spread over processes, all take part in gathering them.

@@ -19,7 +19,8 @@ from sleepify.memory import LayerKey, LayerState, Memory
 _VERSION = 2
 _MANIFEST = "sleep_cache"
 _PLACES = ("conv", "recurrent")
-_NAME = re.compile(r"open_ids|(state|start)\.\d+\.[01]\.(conv|recurrent)|(keys|values)\.\d+")
+_STATE = re.compile(r"(state|start)\.\d+\.[01]\.(conv|recurrent)")
+_KV = re.compile(r"(keys|values)\.\d+")
 _PER_ROW = ("open_lengths", "retained", "seen", "windows", "kv_lengths")
 
 
@@ -30,19 +31,20 @@ class Session:
     Attributes:
         memory: state, keys and values as they are awake.
         at_start: the state when the open window began.
-        open_ids: [B, L], ids of the open window.
-        counts: ``open_lengths``, ``retained``, ``seen``, ``windows`` (B whole numbers each), ``columns``, ``owner``.
+        ids: ``open_ids`` [B, L], the ids of the open window; any others are kept beside them.
+        counts: ``open_lengths``, ``retained``, ``seen``, ``windows`` (B whole numbers each), ``columns``, ``owner``;
+            any others are kept beside them, lists with one whole number per row.
     """
 
     memory: Memory
     at_start: dict[LayerKey, LayerState]
-    open_ids: Tensor
+    ids: dict[str, Tensor]
     counts: dict[str, Any]
 
 
 def write_session(path: str | os.PathLike, session: Session) -> None:
     """Write ``path`` beside and rename it."""
-    tensors = {"open_ids": session.open_ids}
+    tensors = dict(session.ids)
     for prefix, state in (("state", session.memory.state), ("start", session.at_start)):
         for (index, inserted), layer in state.items():
             parts = zip(_PLACES, layer, strict=True)
@@ -83,10 +85,9 @@ def read_session(path: str | os.PathLike, *, verify: bool = True) -> Session:
         )
     counts = manifest["counts"]
     _check_counts(path, counts, tensors.get("open_ids"))
-    states, kv = _check_tensors(path, counts, tensors)
-    lengths = tuple(counts.pop("kv_lengths"))
-    memory = Memory(len(lengths), states["state"], kv, lengths)
-    return Session(memory, states["start"], tensors["open_ids"], counts)
+    session = _sorted_out(path, counts, tensors)
+    _check_shapes(path, session)
+    return session
 
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, list[Any]]:
@@ -117,11 +118,11 @@ def _check_counts(path: str | os.PathLike, counts: dict[str, Any], open_ids: Ten
     if open_ids is None or open_ids.dtype != torch.long or open_ids.dim() != 2 or not open_ids.numel():
         raise _wrong(path, "it has no open_ids [B, L] of whole numbers")
     rows, window = open_ids.shape
-    numbers = {name: counts[name] for name in _PER_ROW} | {"columns": [counts["columns"]] * rows}
-    for name, values in numbers.items():
-        whole = isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    lists = {name: value for name, value in counts.items() if name in _PER_ROW or isinstance(value, list)}
+    for name, values in (lists | {"columns": [counts["columns"]] * rows}).items():
+        whole = isinstance(values, list) and all(isinstance(value, int) and value >= 0 for value in values)
         if not whole or len(values) != rows:
-            raise _wrong(path, f"expected {name} of {rows} rows in whole numbers from 0, got {values}")
+            raise _wrong(path, f"{name} should be {rows} whole numbers from 0 and is {values}")
     for row in range(rows):
         opened, retained, seen, _, kept = (counts[name][row] for name in _PER_ROW)
         if not (opened <= window and opened <= seen and retained + opened == kept):
@@ -132,37 +133,49 @@ def _check_counts(path: str | os.PathLike, counts: dict[str, Any], open_ids: Ten
             )
 
 
-def _check_tensors(
-    path: str | os.PathLike, counts: dict[str, Any], tensors: dict[str, Tensor]
-) -> tuple[dict[str, dict[LayerKey, LayerState]], dict[int, tuple[Tensor, Tensor]]]:
-    """States, and keys and values, whose shapes agree with the counts."""
-    rows, columns = len(counts["seen"]), max(counts["kv_lengths"])
+def _sorted_out(path: str | os.PathLike, counts: dict[str, Any], tensors: dict[str, Tensor]) -> Session:
+    """Every tensor where its name says."""
     states: dict[str, dict[LayerKey, LayerState]] = {"state": {}, "start": {}}
     pairs: dict[int, dict[str, Tensor]] = {}
+    ids = {}
     for name, tensor in tensors.items():
-        if not _NAME.fullmatch(name):
-            raise _wrong(path, f"it holds {name}, which no session has")
         kind, *rest = name.split(".")
-        if tensor.shape[:1] != (rows,):
-            raise _wrong(path, f"{name} is of shape {tuple(tensor.shape)}, not of {rows} rows")
-        if kind in states:
-            if rest[2] == "recurrent" and torch.promote_types(tensor.dtype, torch.float32) != tensor.dtype:
-                raise CheckpointError(f"expected a state of float32 or wider in {path}, got {tensor.dtype} ({name})")
+        if _STATE.fullmatch(name):
             key = (int(rest[0]), int(rest[1]))
             states[kind][key] = states[kind].get(key, LayerState())._replace(**{rest[2]: tensor})
-        elif name != "open_ids":
+        elif _KV.fullmatch(name):
             pairs.setdefault(int(rest[0]), {})[kind] = tensor
-    if any(counts["windows"]) and states["state"].keys() != states["start"].keys():
-        raise _wrong(path, f"it slept {counts['windows']} times and has no state of the open window's start")
-    kv: dict[int, tuple[Tensor, Tensor]] = {}
+        elif tensor.dtype == torch.long:
+            ids[name] = tensor
+        else:
+            raise _wrong(path, f"no session has a tensor {name} of {tensor.dtype}")
     for index, pair in pairs.items():
         if pair.keys() != {"keys", "values"}:
             raise _wrong(path, f"layer {index} has {sorted(pair)}, not keys and values")
-        keys, values = pair["keys"], pair["values"]
-        if not (keys.dim() == values.dim() == 4 and keys.shape[:3] == values.shape[:3] and keys.shape[2] >= columns):
-            shapes = f"{tuple(keys.shape)} and {tuple(values.shape)}"
-            raise _wrong(path, f"keys and values of layer {index} are {shapes}, for {columns} columns")
-        kv[index] = (keys, values)
-    if len({keys.shape[2] for keys, _ in kv.values()}) > 1:
-        raise _wrong(path, "its layers keep keys of different lengths")
-    return states, kv
+    kv = {index: (pair["keys"], pair["values"]) for index, pair in pairs.items()}
+    lengths = tuple(counts["kv_lengths"])
+    rest_of_counts = {name: value for name, value in counts.items() if name != "kv_lengths"}
+    return Session(Memory(len(lengths), states["state"], kv, lengths), states["start"], ids, rest_of_counts)
+
+
+def _check_shapes(path: str | os.PathLike, session: Session) -> None:
+    """Shapes against the counts."""
+    memory = session.memory
+    for tensor in (*memory.tensors(), *Memory(memory.batch_size, session.at_start).tensors()):
+        if tensor.shape[0] != memory.batch_size:
+            raise _wrong(path, f"a state or keys have the shape {tuple(tensor.shape)}, not {memory.batch_size} rows")
+    for (index, _), layer in (*memory.state.items(), *session.at_start.items()):
+        dtype = torch.float32 if layer.recurrent is None else layer.recurrent.dtype
+        if torch.promote_types(dtype, torch.float32) != dtype:
+            raise CheckpointError(f"expected a state of float32 or wider in {path}, got {dtype} (layer {index})")
+    if any(session.counts["windows"]) and memory.state.keys() != session.at_start.keys():
+        raise _wrong(path, "rows have slept, and the states now and at the window's start are of different layers")
+    for index, (keys, values) in memory.kv.items():
+        if not (keys.dim() == values.dim() == 4 and keys.shape[:3] == values.shape[:3]):
+            raise _wrong(path, f"layer {index} has keys {tuple(keys.shape)} and values {tuple(values.shape)}")
+        if keys.shape[2] != memory.columns or keys.shape[2] < max(memory.kv_lengths):
+            raise _wrong(
+                path,
+                f"layer {index} has {keys.shape[2]} columns of keys, others {memory.columns}, rows need "
+                f"{max(memory.kv_lengths)}",
+            )

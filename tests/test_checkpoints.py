@@ -170,9 +170,8 @@ def test_damaged_inserted_weights(base_dir, tmp_path, damage):
         (tmp_path / "small" / "config.json").write_text(json.dumps(config))
     base = AutoModelForCausalLM.from_pretrained(base_dir)
     expected = base(tokens(1, 5)).logits
-    with pytest.raises(
-        CheckpointError, match={"truncated": "damaged", "altered": "altered", "reshaped": "head_dim was 8.* is 4"}[damage]
-    ):
+    words = {"truncated": "damaged", "altered": "altered", "reshaped": "head_dim was 8.* is 4"}
+    with pytest.raises(CheckpointError, match=words[damage]):
         sleepify(base, fast_weights=tmp_path / "small")
     assert torch.equal(base(tokens(1, 5)).logits, expected)
 

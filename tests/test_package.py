@@ -48,7 +48,7 @@ EDGES: dict[str, set[str]] = {
     "checkpoints": {"card", "config", "errors", "files", "fingerprint", "manifest"},
     "modeling": {"sleep", "cache", "checkpoints", "config", "defaults", "fast_weights", "hosts", "rows"},
     "retrofit": {"config", "defaults", "fingerprint", "hosts", "modeling"},
-    "training": {"cache", "config", "defaults", "errors", "files", "modeling", "tasks"},
+    "training": {"cache", "config", "defaults", "errors", "files", "manifest", "modeling", "tasks"},
     "__init__": {"cache", "config", "errors", "modeling", "models", "retrofit", "version"},
     "__main__": {"hosts", "ops", "version"},
 }

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -53,19 +52,13 @@ def written_beside(path: Path) -> Iterator[Path]:
 # --- digests ---
 
 
-def describe(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of files: {name: {"bytes": ..., "sha256": ...}}. Some at a time, in pieces of a mebibyte."""
-    names = list(names)
+def digests_of(paths: Sequence[Path]) -> list[str]:
+    """sha256 of files of any size: some at a time, in pieces of a mebibyte."""
     with ThreadPoolExecutor(_READERS) as readers:
-        digests = readers.map(digest_of_file, [folder / name for name in names])
-        return {
-            name: {"bytes": (folder / name).stat().st_size, "sha256": digest}
-            for name, digest in zip(names, digests, strict=True)
-        }
+        return list(readers.map(_digest_of_file, paths))
 
 
-def digest_of_file(path: Path) -> str:
-    """sha256 of a file, of any size, in bounded memory."""
+def _digest_of_file(path: Path) -> str:
     digest = hashlib.sha256()
     piece = bytearray(_PIECE)
     with open(path, "rb", buffering=0) as opened:

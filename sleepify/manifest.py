@@ -18,7 +18,7 @@ from transformers.utils.hub import cached_file
 
 from sleepify.config import SleepConfig
 from sleepify.errors import CheckpointError
-from sleepify.files import describe, digest_of_file, discard, written_beside
+from sleepify.files import digests_of, discard, written_beside
 
 MANIFEST = "sleep_manifest.json"
 _VERSION = 1
@@ -74,7 +74,11 @@ def finish_save(directory: str | os.PathLike) -> bool:
 
 def write_manifest(folder: Path) -> None:
     """Describe the weights in ``folder`` and the configuration beside them."""
-    described = describe(folder, sorted(path.name for path in folder.iterdir() if is_weights(path.name)))
+    paths = sorted(path for path in folder.iterdir() if is_weights(path.name))
+    described = {
+        path.name: {"bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(paths, digests_of(paths), strict=True)
+    }
     config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     _write(folder, {"version": _VERSION, "files": described, "config": config})
 
@@ -143,8 +147,14 @@ def check(name: str | os.PathLike, hub: dict[str, Any] | None = None, *, digests
             f"which could be loaded in their place; {mend}, or take them away"
         )
     _compare_settings(name, hub, manifest["config"], mend)
-    for file, described in files.items():
-        _compare_file(name, file, described, hub, digests, mend)
+    paths = [_of_the_right_size(name, file, described["bytes"], hub, mend) for file, described in files.items()]
+    for (file, described), digest in zip(files.items(), digests_of(paths) if digests else (), strict=digests):
+        if digest != described["sha256"]:
+            raise CheckpointError(
+                f"expected {file} in {name} to have the sha256 {described['sha256'][:12]}... as when it was saved, "
+                f"got {digest[:12]}...: it was altered, is damaged, or of another save; {mend} "
+                "(verify=False loads it as it is)"
+            )
     return SleepConfig.from_dict(deepcopy(manifest["config"]))
 
 
@@ -174,24 +184,17 @@ def _how_to_mend(directory: Path) -> str:
     return "fetch or save it again"
 
 
-def _compare_file(
-    name: str | os.PathLike, file: str, described: dict[str, Any], hub: dict[str, Any], digests: bool, mend: str
-) -> None:
+def _of_the_right_size(name: str | os.PathLike, file: str, expected: int, hub: dict[str, Any], mend: str) -> Path:
     found = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub)
     if found is None:
         raise CheckpointError(f"expected {file} in {name}, as its {MANIFEST} says, found no such file; {mend}")
     size = os.path.getsize(found)
-    if size != described["bytes"]:
+    if size != expected:
         raise CheckpointError(
-            f"expected {file} in {name} to have {described['bytes']:,} bytes as when it was saved, got {size:,}: it is "
-            f"damaged, or of another save; {mend}"
+            f"expected {file} in {name} to have {expected:,} bytes as when it was saved, got {size:,}: it is damaged, "
+            f"or of another save; {mend}"
         )
-    if digests and (digest := digest_of_file(Path(found))) != described["sha256"]:
-        raise CheckpointError(
-            f"expected {file} in {name} to have the sha256 {described['sha256'][:12]}... as when it was saved, got "
-            f"{digest[:12]}...: it was altered, is damaged, or of another save; {mend} "
-            "(verify=False loads it as it is)"
-        )
+    return Path(found)
 
 
 def _compare_settings(name: str | os.PathLike, hub: dict[str, Any], saved: dict[str, Any], mend: str) -> None:

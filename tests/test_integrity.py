@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sleepify import CheckpointError, FastWeightConfig, SleepCache, SleepConfig, SleepForCausalLM, sleepify
+from sleepify.files import is_sealed, read_tensors, write_sealed
+from sleepify.manifest import finish_save
 
 MANIFEST = "sleep_manifest.json"
 SHARDED = {"max_shard_size": "20KB"}
@@ -72,12 +74,6 @@ def flip(path, place):
     content = bytearray(path.read_bytes())
     content[place] ^= 1
     path.write_bytes(content)
-
-
-def places(path, step):
-    """Every byte of the header's size and the first of the header, then one in so many, and the last."""
-    size = path.stat().st_size
-    return sorted({*range(min(size, 80)), *range(80, size, step), size - 1})
 
 
 def edit(folder, change):
@@ -204,8 +200,6 @@ def test_a_save_that_is_killed_between_renames_leaves_no_mixture(old, new, tmp_p
         if done:
             break
         if (target / ".draft" / MANIFEST).exists() and seen[-1] == "refused" and kind != "nothing":
-            from sleepify.manifest import finish_save
-
             assert finish_save(target)
             assert outcome(target, expected) == "new" and not (target / ".draft").exists()
     assert seen[-1] == "new" and not (target / ".draft").exists() and len(seen) > 3
@@ -432,8 +426,6 @@ def test_a_config_that_is_handed_over_must_fit_too(old, alone, tmp_path):
 
 def resave(path, change, verified=True):
     """The session with its tensors or counts changed; the digest that of before, or made anew."""
-    from sleepify.files import write_sealed
-
     with safe_open(path, "pt") as opened:
         metadata = opened.metadata()
     tensors, manifest = load_file(path), json.loads(metadata["sleep_cache"])
@@ -490,6 +482,17 @@ def test_the_digest_of_a_session_can_be_left_out(old, tmp_path):
     with pytest.raises(CheckpointError, match="verify=False"):
         SleepCache.load(path)
     assert repr(SleepCache.load(path, verify=False)) == repr(cache)
+
+
+def test_a_seal_covers_names_kinds_and_shapes(tmp_path):
+    path = tmp_path / "sealed"
+    write_sealed(path, {"a": torch.zeros(2, 3), "b": torch.zeros(0)}, {"of": "mine"})
+    tensors, metadata = read_tensors(path)
+    assert is_sealed(tensors, metadata) and not is_sealed(tensors, metadata | {"of": "yours"})
+    for other in (torch.zeros(3, 2), torch.zeros(2, 3, dtype=torch.int32), torch.ones(2, 3)):
+        assert not is_sealed(tensors | {"a": other}, metadata)
+    assert not is_sealed({"c": tensors["a"], "b": tensors["b"]}, metadata)
+    assert not is_sealed(tensors, {"of": "mine"})
 
 
 @pytest.mark.parametrize("family", ["qwen3", "ouro", "zamba2", "gemma3_text", "jet_nemotron"])

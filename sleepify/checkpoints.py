@@ -138,9 +138,7 @@ class SleepCheckpoint(PreTrainedModel):
         config.architectures = [type(self).__name__]
         config.save_pretrained(draft)
 
-    def push_to_hub(  # type: ignore[override]
-        self, repo_id: str, fast_weights_only: bool = False, **kwargs: Any
-    ) -> str:
+    def push_to_hub(self, repo_id: str, fast_weights_only: bool = False, **kwargs: Any) -> str:
         """Upload checkpoint and model card, in one commit that takes the place of weights pushed before.
 
         Args:
@@ -213,11 +211,12 @@ class SleepCheckpoint(PreTrainedModel):
             model: Any = cls._join(base, config, name, hub)
             return (model, {"missing_keys": set(), "unexpected_keys": set()}) if output_loading_info else model
         try:
-            model, info = super().from_pretrained(name, *args, config=config, output_loading_info=True, **kwargs)
+            loaded: Any = super().from_pretrained(name, *args, config=config, output_loading_info=True, **kwargs)
         except SafetensorError as error:
             raise CheckpointError(
                 f"expected whole safetensors files in {name}, got a damaged one ({error}); fetch or save it again"
             ) from error
+        model, info = loaded
         wrong = {kind: sorted(map(str, keys)) for kind in ("missing_keys", "unexpected_keys") if (keys := info[kind])}
         if wrong:
             shown = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(keys[:5])}" for kind, keys in wrong.items())
@@ -274,7 +273,7 @@ class SleepCheckpoint(PreTrainedModel):
                 f"({config.base_model_name_or_path or 'built in memory'}), got one with {found}; load the base that "
                 f"{name} was trained on"
             )
-        file = cached_file(name, WEIGHTS, **hub)
+        file: Any = cached_file(name, WEIGHTS, **hub)
         tensors, _ = read_tensors(file)
         config.text_config = base.config
         config.fast_weights_only = False

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sleepify import CheckpointError, FastWeightConfig, SleepCache, SleepConfig, SleepForCausalLM, sleepify
 from sleepify.files import is_sealed, read_tensors, write_sealed
-from sleepify.manifest import finish_save
+from sleepify.manifest import begin_in_place, finish_save, write_manifest
 
 MANIFEST = "sleep_manifest.json"
 SHARDED = {"max_shard_size": "20KB"}
@@ -300,6 +300,20 @@ def test_processes_that_do_not_write_leave_no_trace(old, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     old.save_pretrained(tmp_path / "a")
     assert not (tmp_path / "a").exists() or not list((tmp_path / "a").iterdir())
+
+
+def test_a_set_that_many_processes_write_in_place_is_refused_until_it_is_whole(old, tmp_path):
+    """As with ``distributed_checkpoint``: what was there is lost first, and cannot be mixed with what is written."""
+    old.save_pretrained(tmp_path)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    begin_in_place(tmp_path)
+    for content in (None, weights):
+        if content is not None:
+            (tmp_path / "model.safetensors").write_bytes(content)
+        with pytest.raises(CheckpointError, match="finished save.*cut short"):
+            SleepForCausalLM.from_pretrained(tmp_path)
+    write_manifest(tmp_path)
+    assert equal(state(SleepForCausalLM.from_pretrained(tmp_path)), state(old))
 
 
 def test_a_resumed_run_checks_what_it_reads(tmp_path):

@@ -138,7 +138,9 @@ class SleepCheckpoint(PreTrainedModel):
         config.architectures = [type(self).__name__]
         config.save_pretrained(draft)
 
-    def push_to_hub(self, repo_id: str, fast_weights_only: bool = False, **kwargs: Any) -> str:
+    def push_to_hub(  # type: ignore[override]
+        self, repo_id: str, fast_weights_only: bool = False, **kwargs: Any
+    ) -> str:
         """Upload checkpoint and model card, in one commit that takes the place of weights pushed before.
 
         Args:
@@ -168,7 +170,7 @@ class SleepCheckpoint(PreTrainedModel):
     # --- loading ---------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: Any,
         *args: Any,

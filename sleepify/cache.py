@@ -6,25 +6,19 @@ when it has succeeded: a call that fails leaves the session as it was, and a cop
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from sleepify.errors import CacheMismatchError, CheckpointError
+from sleepify.errors import CacheMismatchError
 from sleepify.memory import LayerKey, LayerState, Memory
+from sleepify.session_file import read_session, write_session
 from sleepify.snapshot import Snapshot, extend
-
-_VERSION = 2
-_SAVED = ("owner", "open_lengths", "retained", "seen", "windows", "passes", "stale", "columns", "fixed_shapes")
 
 
 class SleepCache(Cache):
@@ -299,75 +293,28 @@ class SleepCache(Cache):
         return self
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the session to one safetensors file, beside and renamed. Whoever loads it needs the same model."""
+        """Write the session to one safetensors file, beside and renamed, with a digest of all that is in it.
+
+        Whoever loads it needs the same model.
+        """
         if self.now is None:
             raise ValueError("expected a cache that has read something, got an empty one")
-        now = self.now
-        tensors = {"open_ids": now.open_ids}
-        if now.digest is not None:
-            tensors["digest"] = now.digest
-        tensors |= {f"pending.{row}": ids for row, ids in enumerate(now.pending)}
-        for prefix, state in (("state", now.memory.state), ("start", now.at_start)):
-            for (index, place), layer in state.items():
-                parts = {"conv": layer.conv, "recurrent": layer.recurrent}
-                tensors |= {f"{prefix}.{index}.{place}.{n}": t for n, t in parts.items() if t is not None}
-        for index, (keys, values) in now.memory.kv.items():
-            tensors |= {f"keys.{index}": keys, f"values.{index}": values}
-        counts = {name: getattr(now, name) for name in _SAVED}
-        manifest = {"version": _VERSION, "kv_lengths": now.memory.kv_lengths, **counts}
-        path = Path(path)
-        draft = path.with_name(f".{path.name}.new")
-        try:
-            whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-            save_file(whole, draft, metadata={"sleep_cache": json.dumps(manifest)})
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
+        write_session(path, self.now)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> SleepCache:
+    def load(cls, path: str | os.PathLike, verify: bool = True) -> SleepCache:
         """Read a session that `save` wrote; which model it belongs to is checked when it is used.
 
+        Args:
+            path: the file.
+            verify: compare its digest; with False, only names, shapes and counts are compared with each other.
+
         Raises:
-            CheckpointError: for a damaged file, one that holds no session, or a state narrower than float32.
+            CheckpointError: for a file that is damaged, altered or not whole, or a state narrower than float32.
         """
-        try:
-            with safe_open(path, framework="pt") as opened:
-                tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (no mapping)
-                manifest = json.loads((opened.metadata() or {}).get("sleep_cache", "{}"))
-        except SafetensorError as error:
-            raise CheckpointError(f"expected a whole session file {path}, got a damaged one ({error})") from error
-        if manifest.get("version") != _VERSION:
-            raise CheckpointError(
-                f"expected a session of version {_VERSION} in {path}, got {manifest.get('version')}; "
-                "read the text again"
-            )
-        states: dict[str, dict[LayerKey, dict[str, Tensor]]] = {"state": {}, "start": {}}
-        kv: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            kind, *rest = name.split(".")
-            if kind in states:
-                if rest[2] == "recurrent" and torch.promote_types(tensor.dtype, torch.float32) != tensor.dtype:
-                    raise CheckpointError(
-                        f"expected a state of float32 or wider in {path}, got {tensor.dtype} ({name})"
-                    )
-                states[kind].setdefault((int(rest[0]), int(rest[1])), {})[rest[2]] = tensor
-            elif kind in ("keys", "values"):
-                kv.setdefault(int(rest[0]), {})[kind] = tensor
-        counts: dict[str, Any] = {name: tuple(v) if isinstance(v := manifest[name], list) else v for name in _SAVED}
-        state, at_start = ({k: LayerState(**parts) for k, parts in states[kind].items()} for kind in states)
-        pairs = {index: (pair["keys"], pair["values"]) for index, pair in kv.items()}
-        memory = Memory(len(counts["seen"]), state, pairs, tuple(manifest["kv_lengths"]))
-        pending = tuple(tensors[f"pending.{row}"] for row in range(len(counts["seen"])) if f"pending.{row}" in tensors)
-        cache = cls(counts["fixed_shapes"])
-        cache.now = Snapshot(
-            memory=memory,
-            at_start=at_start,
-            open_ids=tensors["open_ids"],
-            digest=tensors.get("digest"),
-            pending=pending,
-            **counts,
-        )
+        snapshot = read_session(path, verify=verify)
+        cache = cls(snapshot.fixed_shapes)
+        cache.now = snapshot
         return cache
 
 

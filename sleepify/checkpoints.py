@@ -1,250 +1,311 @@
 """Saving and loading: whole checkpoints, or inserted weights that belong to a base. No pickle, no remote code.
 
-Files are written beside and renamed, so that a full disk or a kill leaves what was there.
+`SleepForCausalLM` inherits all of it. What makes files belong together is in `manifest`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import HfApi
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file
 
+from sleepify import manifest
 from sleepify.card import write_card
 from sleepify.config import SleepConfig
 from sleepify.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from sleepify.modeling import SleepForCausalLM
+from sleepify.files import discard, read_tensors
+from sleepify.fingerprint import fingerprint
 
 WEIGHTS = "fast_weights.safetensors"
 _HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-_SAMPLES = 64
+_PUSH = {"private", "token", "revision", "commit_message", "create_pr", "max_shard_size"}
+# Files of an earlier push that would be loaded in the place of what is pushed now.
+_REPLACED = ["model*.safetensors", "model*.safetensors.index.json", "shard-*.safetensors", WEIGHTS]
+
+Model = TypeVar("Model", bound="SleepCheckpoint")
 
 
-def fingerprint(model: PreTrainedModel) -> str | None:
-    """What tells one base from another: sha256 over names, shapes and a sample of every parameter.
+class SleepCheckpoint(PreTrainedModel):
+    """What a sleeping model is as files.
 
-    Values are compared in bfloat16, so that a base loaded in float32 and in bfloat16 is the same base. None where
-    weights cannot be seen (on the meta device, or partitioned by ZeRO-3).
+    Attributes:
+        language_model: the base.
+        fast_weights: the inserted layers.
     """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if parameter.device.type == "meta" or hasattr(parameter, "ds_id"):
-            return None
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].to(torch.bfloat16).view(torch.int16)
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(sample.cpu().numpy().tobytes())
-    return digest.hexdigest()
 
+    language_model: PreTrainedModel
+    fast_weights: nn.ModuleList
 
-# --- saving ---
+    # --- saving ----------------------------------------------------------------------------------------------------
 
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        *,
+        fast_weights_only: bool = False,
+        distributed_checkpoint: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As in transformers, with a model card and a manifest of digests.
 
-def save(
-    model: SleepForCausalLM,
-    inherited: Callable[..., None],
-    directory: str | os.PathLike,
-    *args: Any,
-    fast_weights_only: bool = False,
-    push_to_hub: bool = False,
-    **kwargs: Any,
-) -> None:
-    """See `SleepForCausalLM.save_pretrained`."""
-    directory = Path(directory)
-    if directory.is_file():
-        raise ValueError(f"expected a directory to save to, got the file {directory}")
-    if not kwargs.get("is_main_process", True) or kwargs.get("distributed_checkpoint"):
-        # Other ranks write nothing, or all of them write one file together.
-        inherited(directory, *args, **kwargs)
-        return
-    if fast_weights_only:
-        _check_savable_alone(model)
-    with _beside(directory) as draft:
+        Files are written to a draft in ``save_directory`` and renamed when all are whole. A kill between two renames
+        leaves a set that `from_pretrained` refuses; the next save, or ``sleepify.manifest.finish_save``, finishes it.
+        With ``distributed_checkpoint`` all processes write in place, and what was there is lost first.
+
+        Args:
+            save_directory: where to.
+            is_main_process: False in all processes but the one that writes.
+            state_dict: the weights, where they are not the model's own (gathered from several devices, say).
+            push_to_hub: upload what was saved, too.
+            fast_weights_only: save the inserted layers alone, with the name, revision and fingerprint of the base.
+            distributed_checkpoint: as in transformers.
+            kwargs: others of ``PreTrainedModel.save_pretrained``.
+
+        Raises:
+            CheckpointError: with ``fast_weights_only``, for a base that is no longer what it was.
+            ValueError: for a file in the place of the directory; with ``fast_weights_only``, for no inserted layers.
+        """
+        directory = Path(save_directory)
+        if directory.is_file():
+            raise ValueError(f"expected a directory to save to, got the file {directory}")
+        writes = is_main_process and _rank() == 0
+        if distributed_checkpoint:
+            if writes:
+                manifest.begin_in_place(directory)
+            kwargs |= {"state_dict": state_dict, "push_to_hub": push_to_hub, "distributed_checkpoint": True}
+            super().save_pretrained(directory, is_main_process, **kwargs)
+            if writes:
+                manifest.write_manifest(directory)
+            torch.distributed.barrier()
+            return
+        if not writes:
+            # Where parameters are spread over processes, all take part in gathering them.
+            if not fast_weights_only:
+                super().save_pretrained(directory, False, state_dict, **kwargs)
+            return
         if fast_weights_only:
-            _save_alone(model, draft, kwargs.get("state_dict"))
-        else:
-            inherited(draft, *args, **kwargs)
-        if not (directory / "README.md").exists():
-            (draft / "README.md").write_text(write_card(SleepConfig.from_pretrained(draft)), encoding="utf-8")
-    if push_to_hub:
-        push(model, kwargs.get("repo_id", directory.name), fast_weights_only=fast_weights_only)
+            self._check_savable_alone()
+        draft = manifest.draft_in(directory)
+        try:
+            if fast_weights_only:
+                self._save_alone(draft, self.state_dict() if state_dict is None else state_dict)
+            else:
+                super().save_pretrained(draft, True, state_dict, **kwargs)
+            if not (directory / "README.md").exists():
+                card = write_card(SleepConfig.from_pretrained(draft))
+                (draft / "README.md").write_text(card, encoding="utf-8")
+            manifest.write_manifest(draft)
+        except BaseException:
+            discard(draft)
+            raise
+        manifest.place(draft, directory)
+        if push_to_hub:
+            self.push_to_hub(kwargs.get("repo_id", directory.name), fast_weights_only=fast_weights_only)
 
-
-@contextmanager
-def _beside(directory: Path) -> Iterator[Path]:
-    """A draft folder next to ``directory``, whose files take their places there when all are written."""
-    directory.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.resolve().parent))
-    try:
-        yield draft
-        written = {path.name for path in draft.iterdir()}
-        # config.json last: it is what says that the rest is there.
-        for name in sorted(written, key=lambda name: (name == "config.json", name)):
-            os.replace(draft / name, directory / name)
-        for old in directory.glob("*.safetensors*"):
-            if old.name not in written and old.name.startswith(("model", "fast_weights")):
-                old.unlink()
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def _check_savable_alone(model: SleepForCausalLM) -> None:
-    if not len(model.fast_weights):
-        raise ValueError("expected inserted layers to save alone, got a model without any; save it whole")
-    now, then = fingerprint(model.language_model), model.config.base_fingerprint
-    if now != then:
-        raise CheckpointError(
-            f"expected the base to be as it was when sleep was added (fingerprint {then}), got {now}: it was trained "
-            "or resized since; save the whole model, without fast_weights_only"
-        )
-
-
-def _save_alone(model: SleepForCausalLM, draft: Path, state_dict: dict[str, Tensor] | None) -> None:
-    whole = model.state_dict() if state_dict is None else state_dict
-    tensors = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in whole.items() if name.startswith("fast_weights.")
-    }
-    save_file(tensors, draft / WEIGHTS, metadata={"format": "pt", "sha256": _digest(tensors)})
-    config = SleepConfig.from_dict(model.config.to_dict())
-    config.fast_weights_only, config.dtype = True, model.dtype
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(draft)
-
-
-def _digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def push(model: SleepForCausalLM, repo_id: str, *, fast_weights_only: bool = False, **kwargs: Any) -> str:
-    """See `SleepForCausalLM.push_to_hub`."""
-    known = {"private", "token", "revision", "commit_message", "create_pr", "max_shard_size"}
-    if unknown := sorted(kwargs.keys() - known):
-        raise TypeError(f"unknown keywords {unknown}; known are {sorted(known)}")
-    api = HfApi(token=kwargs.get("token"))
-    with tempfile.TemporaryDirectory() as folder:
-        saving = {"max_shard_size": kwargs["max_shard_size"]} if "max_shard_size" in kwargs else {}
-        model.save_pretrained(folder, fast_weights_only=fast_weights_only, **saving)
-        card = write_card(SleepConfig.from_pretrained(folder), online=True)
-        (Path(folder) / "README.md").write_text(card, encoding="utf-8")
-        repo = api.create_repo(repo_id, private=kwargs.get("private"), exist_ok=True).repo_id
-        done = api.upload_folder(
-            folder_path=folder,
-            repo_id=repo,
-            revision=kwargs.get("revision"),
-            commit_message=kwargs.get("commit_message", "Upload a model that sleeps"),
-            create_pr=kwargs.get("create_pr", False),
-        )
-    return str(done)
-
-
-# --- loading ---
-
-
-def load(
-    cls: type[SleepForCausalLM],
-    inherited: Callable[..., Any],
-    name: Any,
-    *args: Any,
-    config: SleepConfig | None = None,
-    output_loading_info: bool = False,
-    **kwargs: Any,
-) -> Any:
-    """See `SleepForCausalLM.from_pretrained`."""
-    hub = {key: kwargs[key] for key in _HUB if key in kwargs}
-    if not isinstance(config, SleepConfig):
-        config = SleepConfig.from_pretrained(name if config is None else config, **hub)
-    if config.fast_weights_only:
-        if config.base_model_name_or_path is None:
+    def _check_savable_alone(self) -> None:
+        if not len(self.fast_weights):
+            raise ValueError("expected inserted layers to save alone, got a model without any; save it whole")
+        now, then = fingerprint(self.language_model), self.config.base_fingerprint
+        if now != then:
             raise CheckpointError(
-                f"expected {name} to name its base, found none (it was built in memory); "
-                "hand the base over: sleepify(base, fast_weights=path)"
+                f"expected the base to be as it was when sleep was added (fingerprint {then}), got {now}: it was "
+                "trained or resized since; save the whole model, without fast_weights_only"
             )
-        loading = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
-        base = AutoModelForCausalLM.from_pretrained(
-            config.base_model_name_or_path, revision=config.base_model_revision or "main", **loading
+
+    def _save_alone(self, draft: Path, state_dict: dict[str, Tensor]) -> None:
+        tensors = {
+            name: tensor.detach().cpu().contiguous()
+            for name, tensor in state_dict.items()
+            if name.startswith("fast_weights.")
+        }
+        save_file(tensors, draft / WEIGHTS, metadata={"format": "pt"})
+        config = SleepConfig.from_dict(self.config.to_dict())
+        config.fast_weights_only, config.dtype = True, self.dtype
+        config.architectures = [type(self).__name__]
+        config.save_pretrained(draft)
+
+    def push_to_hub(  # type: ignore[override]
+        self, repo_id: str, fast_weights_only: bool = False, **kwargs: Any
+    ) -> str:
+        """Upload checkpoint and model card, in one commit that takes the place of weights pushed before.
+
+        Args:
+            repo_id: "user/name".
+            fast_weights_only: as in `save_pretrained`.
+            kwargs: ``private``, ``token``, ``revision``, ``commit_message``, ``create_pr``, ``max_shard_size``.
+        """
+        if unknown := sorted(kwargs.keys() - _PUSH):
+            raise TypeError(f"unknown keywords {unknown}; known are {sorted(_PUSH)}")
+        api = HfApi(token=kwargs.get("token"))
+        with tempfile.TemporaryDirectory() as folder:
+            saving = {"max_shard_size": kwargs["max_shard_size"]} if "max_shard_size" in kwargs else {}
+            self.save_pretrained(folder, fast_weights_only=fast_weights_only, **saving)
+            card = write_card(SleepConfig.from_pretrained(folder), online=True)
+            (Path(folder) / "README.md").write_text(card, encoding="utf-8")
+            repo = api.create_repo(repo_id, private=kwargs.get("private"), exist_ok=True).repo_id
+            done = api.upload_folder(
+                folder_path=folder,
+                repo_id=repo,
+                revision=kwargs.get("revision"),
+                commit_message=kwargs.get("commit_message", "Upload a model that sleeps"),
+                create_pr=kwargs.get("create_pr", False),
+                delete_patterns=_REPLACED,
+            )
+        return str(done)
+
+    # --- loading ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        config: Any = None,
+        verify: bool = True,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers; a checkpoint of inserted weights fetches its base and checks that it is the right one.
+
+        Args:
+            pretrained_model_name_or_path: a directory, or a repository on the Hub.
+            args: those of ``PreTrainedModel.from_pretrained``.
+            config: a `SleepConfig` in the place of the saved one. The inserted layers must be those of the weights.
+            verify: read the weights through first and compare their digests with those that were saved
+                (docs/performance says what it takes); with False, only names, sizes and settings are compared.
+            output_loading_info: return the model and what was missing or not expected, as a pair.
+            kwargs: others of ``PreTrainedModel.from_pretrained``.
+
+        Raises:
+            CheckpointError: for files that are damaged, not of one save, or do not fit their ``config.json``; for
+                another base.
+        """
+        name = pretrained_model_name_or_path
+        hub = {key: kwargs[key] for key in _HUB if key in kwargs}
+        if not isinstance(config, SleepConfig):
+            config = SleepConfig.from_pretrained(name if config is None else config, **hub)
+        if name is not None:
+            _check(name, config, hub, verify)
+        if config.fast_weights_only:
+            if config.base_model_name_or_path is None:
+                raise CheckpointError(
+                    f"expected {name} to name its base, found none (it was built in memory); "
+                    "hand the base over: sleepify(base, fast_weights=path)"
+                )
+            loading = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
+            base = AutoModelForCausalLM.from_pretrained(
+                config.base_model_name_or_path, revision=config.base_model_revision or "main", **loading
+            )
+            model: Any = cls._join(base, config, name, hub)
+            return (model, {"missing_keys": set(), "unexpected_keys": set()}) if output_loading_info else model
+        try:
+            loaded: Any = super().from_pretrained(name, *args, config=config, output_loading_info=True, **kwargs)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"expected whole safetensors files in {name}, got a damaged one ({error}); fetch or save it again"
+            ) from error
+        model, info = loaded
+        wrong = {kind: sorted(map(str, keys)) for kind in ("missing_keys", "unexpected_keys") if (keys := info[kind])}
+        if wrong:
+            shown = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(keys[:5])}" for kind, keys in wrong.items())
+            raise CheckpointError(f"expected the weights of this architecture in {name}, got others ({shown})")
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def from_base(cls: type[Model], config: SleepConfig, base: PreTrainedModel) -> Model:
+        """Put the parts together; the inserted layers go where the layers are that they follow.
+
+        Args:
+            config: how it sleeps.
+            base: a model in memory; it becomes part of the sleeping one.
+        """
+        model = cls(config, base)
+        decoder: Any = base.get_submodule(base.base_model_prefix)
+        for layer, index in zip(model.fast_weights, model.config.fast_weights.layers, strict=True):
+            beside = next(decoder.layers[index].parameters())
+            layer.to(device=beside.device, dtype=base.dtype)
+        model.generation_config = base.generation_config
+        return model.train(base.training)
+
+    @classmethod
+    def attach(cls: type[Model], base: PreTrainedModel, name: str | os.PathLike, settings: dict[str, Any]) -> Model:
+        """Join saved inserted weights to a base that is in memory.
+
+        Args:
+            base: the model that they were trained on.
+            name: a checkpoint saved with ``fast_weights_only=True``.
+            settings: fields of `SleepConfig` that shall differ from the saved ones.
+
+        Raises:
+            CheckpointError: for another base (naming both fingerprints), damaged files, or an edited ``config.json``.
+        """
+        config = SleepConfig.from_pretrained(name)
+        _check(name, config, {}, verify=True)
+        if not config.fast_weights_only:
+            raise CheckpointError(
+                f"expected {name} to hold inserted weights alone, found a whole model; load it with from_pretrained"
+            )
+        for key, value in settings.items():
+            setattr(config, key, value)
+        config.validate_sleep()
+        return cls._join(base, config, name, {})
+
+    @classmethod
+    def _join(
+        cls: type[Model], base: PreTrainedModel, config: SleepConfig, name: str | os.PathLike, hub: dict[str, Any]
+    ) -> Model:
+        found = fingerprint(base)
+        if found is not None and found != config.base_fingerprint:
+            raise CheckpointError(
+                f"expected the base with fingerprint {config.base_fingerprint} "
+                f"({config.base_model_name_or_path or 'built in memory'}), got one with {found}; load the base that "
+                f"{name} was trained on"
+            )
+        file: Any = cached_file(name, WEIGHTS, **hub)
+        tensors, _ = read_tensors(file)
+        config.text_config = base.config
+        config.fast_weights_only = False
+        model = cls.from_base(config, base)
+        expected = {f"fast_weights.{key}": value.shape for key, value in model.fast_weights.state_dict().items()}
+        if expected != {key: value.shape for key, value in tensors.items()}:
+            differing = sorted(expected.items() ^ {key: value.shape for key, value in tensors.items()}.items())
+            raise CheckpointError(
+                f"expected in {file} the tensors that {CONFIG_NAME} describes; these differ: {differing[:4]}"
+            )
+        model.fast_weights.load_state_dict({key.removeprefix("fast_weights."): value for key, value in tensors.items()})
+        return model
+
+
+def _check(name: str | os.PathLike, config: SleepConfig, hub: dict[str, Any], verify: bool) -> None:
+    """Check the files, and that ``config``, wherever it comes from, has the inserted layers that were trained."""
+    saved = manifest.check(name, hub, digests=verify)
+    if saved is None:
+        warnings.warn(
+            f"{name} has no {manifest.MANIFEST}: it was saved before there were any, or not all of it was fetched. "
+            "Damage to it would not be noticed; save it again to have it checked",
+            stacklevel=3,
         )
-        model = _join(base, config, name, hub)
-        return (model, {"missing_keys": set(), "unexpected_keys": set()}) if output_loading_info else model
-    try:
-        model, info = inherited(name, *args, config=config, output_loading_info=True, **kwargs)
-    except SafetensorError as error:
+    elif config.fast_weights != saved.fast_weights:
         raise CheckpointError(
-            f"expected whole safetensors files in {name}, got a damaged one ({error}); fetch or save it again"
-        ) from error
-    wrong = {kind: sorted(map(str, keys)) for kind in ("missing_keys", "unexpected_keys") if (keys := info[kind])}
-    if wrong:
-        shown = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(keys[:5])}" for kind, keys in wrong.items())
-        raise CheckpointError(f"expected the weights of this architecture in {name}, got others ({shown})")
-    return (model, info) if output_loading_info else model
-
-
-def attach(base: PreTrainedModel, name: str | os.PathLike, settings: dict[str, Any]) -> SleepForCausalLM:
-    """Join saved inserted weights to a base that is in memory.
-
-    Args:
-        base: the model that they were trained on.
-        name: a checkpoint saved with ``fast_weights_only=True``.
-        settings: fields of `SleepConfig` that shall differ from the saved ones.
-
-    Raises:
-        CheckpointError: for another base (naming both fingerprints) or a damaged file.
-    """
-    config = SleepConfig.from_pretrained(name)
-    if not config.fast_weights_only:
-        raise CheckpointError(
-            f"expected {name} to hold inserted weights alone, found a whole model; load it with from_pretrained"
+            f"expected the inserted layers that {name} was trained with, {saved.fast_weights}, got "
+            f"{config.fast_weights}; change only how it sleeps (n_loops, window_size, eviction...)"
         )
-    for key, value in settings.items():
-        setattr(config, key, value)
-    config.validate_sleep()
-    return _join(base, config, name, {})
 
 
-def _join(base: PreTrainedModel, config: SleepConfig, name: Any, hub: dict[str, Any]) -> SleepForCausalLM:
-    from sleepify.retrofit import build
-
-    found = fingerprint(base)
-    if found is not None and found != config.base_fingerprint:
-        raise CheckpointError(
-            f"expected the base with fingerprint {config.base_fingerprint} "
-            f"({config.base_model_name_or_path or 'built in memory'}), got one with {found}; load the base that "
-            f"{name} was trained on"
-        )
-    file = cached_file(name, WEIGHTS, **hub)
-    try:
-        with safe_open(file, framework="pt") as opened:
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (no mapping)
-            stated = (opened.metadata() or {}).get("sha256")
-    except SafetensorError as error:
-        raise CheckpointError(f"expected a whole file {file}, got a damaged one ({error}); fetch it again") from error
-    if stated != _digest(tensors):
-        raise CheckpointError(f"expected {file} to have the contents that were saved, found it altered; fetch it again")
-    config.text_config = base.config
-    config.fast_weights_only = False
-    model = build(config, base)
-    expected = {f"fast_weights.{key}": value.shape for key, value in model.fast_weights.state_dict().items()}
-    if expected != {key: value.shape for key, value in tensors.items()}:
-        differing = sorted(expected.items() ^ {key: value.shape for key, value in tensors.items()}.items())
-        raise CheckpointError(
-            f"expected in {file} the tensors that config.json describes; these differ: {differing[:4]}"
-        )
-    model.fast_weights.load_state_dict({key.removeprefix("fast_weights."): value for key, value in tensors.items()})
-    return model
+def _rank() -> int:
+    spread = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_rank() if spread else 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +16,7 @@ from transformers.utils.generic import can_return_tuple
 
 from sleepify import sleep as algorithm
 from sleepify.cache import SleepCache
+from sleepify.checkpoints import SleepCheckpoint
 from sleepify.config import SleepConfig
 from sleepify.defaults import resolve
 from sleepify.fast_weights import LAYERS, FastWeightLayer
@@ -32,7 +32,7 @@ from sleepify.snapshot import Snapshot
 _INCIDENTAL = {"dtype", "torch_dtype", "architectures", "transformers_version", "_name_or_path", "use_cache"}
 
 
-class SleepForCausalLM(SleepGeneration, PreTrainedModel):
+class SleepForCausalLM(SleepGeneration, SleepCheckpoint):
     """A base model that consolidates full windows of its context into fast weights.
 
     Made by `sleepify.sleepify(base)` or loaded with ``from_pretrained``. Contains the base as ``language_model`` and
@@ -400,40 +400,3 @@ class SleepForCausalLM(SleepGeneration, PreTrainedModel):
     def _owner(self) -> str:
         """What a session must agree with: weights may be trained on, shapes and windows may not change."""
         return f"{self._identity}, L={self.config.window_size}, {self.config.eviction} eviction"
-
-    # --- files -----------------------------------------------------------------------------------------------------
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, *args: Any, fast_weights_only: bool = False, **kwargs: Any
-    ) -> None:
-        """As in transformers, written beside and renamed; with a model card.
-
-        Args:
-            save_directory: where to.
-            fast_weights_only: save the inserted layers alone, with the name, revision and fingerprint of the base.
-            args, kwargs: those of ``PreTrainedModel.save_pretrained``.
-        """
-        from sleepify.checkpoints import save
-
-        save(self, super().save_pretrained, save_directory, *args, fast_weights_only=fast_weights_only, **kwargs)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; a checkpoint of inserted weights fetches its base and checks that it is the right one."""
-        from sleepify.checkpoints import load
-
-        return load(cls, super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
-
-    def push_to_hub(  # type: ignore[override]
-        self, repo_id: str, fast_weights_only: bool = False, **kwargs: Any
-    ) -> str:
-        """Upload checkpoint and model card.
-
-        Args:
-            repo_id: "user/name".
-            fast_weights_only: as in `save_pretrained`.
-            kwargs: ``private``, ``token``, ``revision``, ``commit_message``, ``create_pr``, ``max_shard_size``.
-        """
-        from sleepify.checkpoints import push
-
-        return push(self, repo_id, fast_weights_only=fast_weights_only, **kwargs)

@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sleepify.checkpoints import attach, fingerprint
 from sleepify.config import SleepConfig
 from sleepify.defaults import resolve
+from sleepify.fingerprint import fingerprint
 from sleepify.hosts import host_class, verify
 from sleepify.modeling import SleepForCausalLM
 from sleepify.settings import SETTINGS
@@ -64,7 +64,7 @@ def sleepify(
             "wrap with peft after sleepify, not before"
         )
     if isinstance(keywords.get("fast_weights"), (str, os.PathLike)):
-        return attach(model, keywords.pop("fast_weights"), keywords)
+        return SleepForCausalLM.attach(model, keywords.pop("fast_weights"), keywords)
     if config is None:
         config = SleepConfig(text_config=model.config, **keywords)
     else:
@@ -74,18 +74,7 @@ def sleepify(
     config = resolve(config)
     verify(host)
     config.base_fingerprint = fingerprint(model)
-    return build(config, model)
-
-
-def build(config: SleepConfig, model: PreTrainedModel) -> SleepForCausalLM:
-    """Put the parts together; the inserted layers go where the layers are that they follow."""
-    sleeping = SleepForCausalLM(config, model)
-    decoder: Any = model.get_submodule(model.base_model_prefix)
-    for layer, index in zip(sleeping.fast_weights, config.fast_weights.layers, strict=True):
-        beside = next(decoder.layers[index].parameters())
-        layer.to(device=beside.device, dtype=model.dtype)
-    sleeping.generation_config = model.generation_config
-    return sleeping.train(model.training)
+    return SleepForCausalLM.from_base(config, model)
 
 
 def _check_before_loading(config: SleepConfig | None, keywords: dict[str, Any]) -> None:

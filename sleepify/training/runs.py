@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from sleepify.errors import CheckpointError
+from sleepify.files import discard, draft_of
 from sleepify.training.arguments import SleepTrainingArguments
 
 MANIFEST = "sleep_run.json"
@@ -82,24 +82,23 @@ def whole_or_not_at_all(final: Path, is_writer: bool, wait_for_all: Callable[[],
     Raises:
         CheckpointError: if the files could not be written (a full disk, a quota).
     """
-    draft = final.parent / f".{final.name}.draft"
-    if is_writer and draft.exists():
-        shutil.rmtree(draft)
+    draft = draft_of(final)
+    if is_writer:
+        discard(draft)
     wait_for_all()
     try:
         draft.mkdir(parents=True, exist_ok=True)
         yield draft
     # torch's and safetensors' writers have errors of their own for a full disk.
     except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(draft, ignore_errors=True)
+        discard(draft)
         raise CheckpointError(
             f"expected to write {final}, got {error}; nothing that was there is lost: free space (or raise the quota) "
             "and resume from the checkpoint before"
         ) from error
     wait_for_all()
     if is_writer:
-        if final.exists():
-            shutil.rmtree(final)
+        discard(final)
         (draft / final.name).rename(final)
-        shutil.rmtree(draft)
+        discard(draft)
     wait_for_all()

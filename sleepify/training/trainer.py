@@ -29,6 +29,7 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from sleepify.config import SleepConfig
 from sleepify.errors import SleepifyError
+from sleepify.manifest import check
 from sleepify.memory import LayerKey, Memory
 from sleepify.modeling import SleepForCausalLM
 from sleepify.schedule import Sleep
@@ -251,6 +252,15 @@ class SleepTrainer(Trainer):
         if self._stop_agreed:
             raise SystemExit(128 + signal.SIGTERM)
         return output
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        check(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self.state.best_model_checkpoint is not None:
+            check(self.state.best_model_checkpoint)
+        super()._load_best_model()
 
     @contextmanager
     def _listen_to_sigterm(self) -> Iterator[None]:

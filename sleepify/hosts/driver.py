@@ -1,19 +1,16 @@
 """Driving a base model's decoder layer by layer, so that sleep.py can loop over any part of it.
 
 transformers' decoders follow one convention: ``layers`` that map hidden states to hidden states given masks, rotary
-tables and a cache. `Host` walks it once for all families; what a family does differently is an entry in `FAMILIES`.
-`verify` compares the walk with the base's own forward pass, so that a family which departs from the convention is
-refused rather than silently wrong.
+tables and a cache. `Host` walks it once for all families; what a family does differently is a subclass in `families`.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,10 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from sleepify.conventions import ATTENTION, BOTH, RECURRENT, find_decoder, find_norm, layer_kinds
-from sleepify.errors import UnsupportedModelError
+from sleepify.hosts.conventions import ATTENTION, BOTH, RECURRENT, find_decoder, find_norm, layer_kinds
+from sleepify.hosts.window_cache import WindowCache
 from sleepify.memory import LayerState, Memory
-from sleepify.window_cache import WindowCache
 
 
 @dataclass(frozen=True)
@@ -242,135 +238,6 @@ class Host:
         config = copy.copy(self.config)
         config.sliding_window = reach
         return create_sliding_window_causal_mask(config=config, **arguments)
-
-
-class OuroHost(Host):
-    """Ouro closes every pass with its final norm; slept, it runs one step awake (spec: ``total_ut_steps=1``)."""
-
-    def close_loop(self, hidden_states: Tensor) -> Tensor:
-        return self.norm(hidden_states)
-
-    def base_logits(self, input_ids: Tensor) -> Tensor:
-        return self.language_model(input_ids=input_ids, use_cache=False, exit_at_step=0).logits
-
-
-class MultimodalRotaryHost(Host):
-    """Text of a vision-language family: its rotary tables take three positions per token, the same three for text."""
-
-    def rotary(self, hidden_states: Tensor, position_ids: Tensor) -> dict[str, Any]:
-        return super().rotary(hidden_states, position_ids.expand(3, *position_ids.shape))
-
-
-class ClampedMambaHost(Host):
-    """transformers clamps the time step of these Mamba-2 layers from below, but not when it reads a single token.
-
-    softplus is monotone, so the clamp is put before it: on the projection that the time step comes from.
-    """
-
-    def layer(self, index: int, hidden_states: Tensor, frame: Frame, cache: WindowCache) -> Tensor:
-        hooks = []
-        if hidden_states.shape[1] == 1 and self.kinds[index] in RECURRENT | BOTH:
-            for mixer in self.layers[index].modules():
-                if hasattr(mixer, "time_step_limit") and hasattr(mixer, "in_proj"):
-                    hooks.append(mixer.in_proj.register_forward_hook(partial(_clamp_step, mixer)))
-        try:
-            return super().layer(index, hidden_states, frame, cache)
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-
-def _clamp_step(mixer: Any, _: nn.Module, __: Any, projected: Tensor) -> Tensor:
-    least = math.log(math.expm1(mixer.time_step_limit[0]))
-    n_heads = mixer.dt_bias.shape[0]
-    step = torch.maximum(projected[..., -n_heads:], (least - mixer.dt_bias).to(projected.dtype))
-    return torch.cat([projected[..., :-n_heads], step], -1)
-
-
-class Zamba2Host(ClampedMambaHost):
-    """Zamba2's shared attention blocks read the embeddings again, and its layers are told which one they are."""
-
-    def layer_arguments(self, index: int, frame: Frame, cache: WindowCache) -> dict[str, Any]:
-        arguments = super().layer_arguments(index, frame, cache)
-        mask = arguments.pop("attention_mask")
-        return arguments | {"original_hidden_states": frame.embeddings, "layer_idx": index, "causal_mask": mask}
-
-
-# Families with a test row. Others work if `verify` finds them to follow the convention.
-FAMILIES: dict[str, type[Host]] = {
-    "llama": Host,
-    "mistral": Host,
-    "qwen2": Host,
-    "qwen3": Host,
-    "qwen3_moe": Host,
-    "gemma2": Host,
-    "gemma3_text": Host,
-    "phi3": Host,
-    "olmo2": Host,
-    "smollm3": Host,
-    "gpt_neox": Host,
-    "qwen3_next": Host,
-    "qwen3_5_text": MultimodalRotaryHost,
-    "olmo_hybrid": Host,
-    "falcon_h1": Host,
-    "bamba": Host,
-    "granitemoehybrid": Host,
-    "nemotron_h": ClampedMambaHost,
-    "zamba2": Zamba2Host,
-    "jet_nemotron": Host,
-    "ouro": OuroHost,
-}
-
-
-def host_class(config: PreTrainedConfig) -> type[Host]:
-    """The driver of a family."""
-    return FAMILIES.get(config.model_type, Host)
-
-
-@torch.no_grad()
-def verify(host: Host) -> None:
-    """Compare one pass of the driver with the base's own forward pass, whole and in two parts.
-
-    Raises:
-        UnsupportedModelError: if they differ; the base does something outside its layers that the driver misses.
-    """
-    language_model = host.language_model
-    weight: Any = language_model.get_input_embeddings().weight
-    if weight.device.type == "meta" or hasattr(weight, "ds_id"):
-        return  # nothing to compute with: no memory behind the weights, or a ZeRO-3 partition of them
-    n_tokens = min(9, getattr(host.config, "max_position_embeddings", None) or 9)
-    ids = (torch.arange(2 * n_tokens, device=weight.device).view(2, n_tokens) * 7 + 1) % weight.shape[0]
-    was_training = language_model.training
-    language_model.eval()
-    try:
-        expected = host.base_logits(ids).float()
-        memory, pieces = Memory(2), []
-        for piece in ids.split([n_tokens - n_tokens // 2 - 1, n_tokens // 2, 1], dim=1):
-            if piece.shape[1]:
-                lengths, first = (piece.shape[1],) * 2, (memory.columns,) * 2
-                hidden, frame = host.open(piece, lengths, first, memory, keep_keys=True)
-                hidden, memory = host.run(hidden, memory, frame, 0, host.n_layers)
-                memory = memory.advance(lengths, piece.shape[1])
-                pieces.append(host.logits(hidden).float())
-    except RuntimeError as error:
-        if "active drivers" not in str(error):
-            raise
-        raise UnsupportedModelError(
-            f"expected a GPU, found none: transformers hands recurrent layers of {type(language_model).__name__} to "
-            "flash-linear-attention whenever that is installed, on a CPU too; uninstall it on this machine"
-        ) from error
-    finally:
-        language_model.train(was_training)
-    # Both sides run the same kernels in another order; a missed factor moves logits by far more than rounding does.
-    tolerance = 1e-3 if weight.dtype in (torch.float32, torch.float64) else 5e-2
-    difference = (torch.cat(pieces, 1) - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
-    if not difference <= tolerance:
-        raise UnsupportedModelError(
-            f"expected {type(language_model).__name__} to follow transformers' decoder convention, but walking its "
-            f"layers gives logits that differ from its own by {float(difference):.1e} (relative; allowed "
-            f"{tolerance:.0e}); it does something between or around its layers that sleepify does not know. "
-            "See docs/add-a-host"
-        )
 
 
 def _accepted(module: nn.Module) -> frozenset[str]:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from sleepify.hosts.conventions import BOTH, RECURRENT
 from sleepify.hosts.driver import Frame, Host
 from sleepify.hosts.window_cache import WindowCache
 
@@ -38,12 +37,22 @@ class ClampedMambaHost(Host):
     softplus is monotone, so the clamp is put before it: on the projection that the time step comes from.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._projections = [
+            [
+                (mixer.in_proj, partial(_clamp_step, mixer, math.log(math.expm1(mixer.time_step_limit[0]))))
+                for mixer in layer.modules()
+                if hasattr(mixer, "in_proj") and getattr(mixer, "time_step_limit", (0.0,))[0] > 0
+            ]
+            for layer in self.layers
+        ]
+
     def layer(self, index: int, hidden_states: Tensor, frame: Frame, cache: WindowCache) -> Tensor:
-        hooks = []
-        if hidden_states.shape[1] == 1 and self.kinds[index] in RECURRENT | BOTH:
-            for mixer in self.layers[index].modules():
-                if hasattr(mixer, "time_step_limit") and hasattr(mixer, "in_proj"):
-                    hooks.append(mixer.in_proj.register_forward_hook(partial(_clamp_step, mixer)))
+        if hidden_states.shape[1] > 1:
+            return super().layer(index, hidden_states, frame, cache)
+        # For the length of the call: the base itself stays as it is.
+        hooks = [projection.register_forward_hook(clamp) for projection, clamp in self._projections[index]]
         try:
             return super().layer(index, hidden_states, frame, cache)
         finally:
@@ -51,8 +60,7 @@ class ClampedMambaHost(Host):
                 hook.remove()
 
 
-def _clamp_step(mixer: Any, _: nn.Module, __: Any, projected: Tensor) -> Tensor:
-    least = math.log(math.expm1(mixer.time_step_limit[0]))
+def _clamp_step(mixer: Any, least: float, _: nn.Module, __: Any, projected: Tensor) -> Tensor:
     n_heads = mixer.dt_bias.shape[0]
     step = torch.maximum(projected[..., -n_heads:], (least - mixer.dt_bias).to(projected.dtype))
     return torch.cat([projected[..., :-n_heads], step], -1)

@@ -1,0 +1,130 @@
+"""The host room: gradient through single tokens, what attention is told, what stays as it was, what `verify` sees."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import FAMILIES, randomise, tiny_base, tokens, true_float64
+from tolerances import EXACT_GRAD, QUOTIENT, assert_close
+
+from sleepify import SleepCache, UnsupportedModelError, sleepify
+from sleepify.hosts import WindowCache
+from sleepify.memory import LayerState, Memory
+
+
+def sleeping(family, **keywords):
+    model = sleepify(tiny_base(family), **({"n_loops": 2, "window_size": 4} | keywords))
+    randomise(model.fast_weights)
+    return model
+
+
+def walk(host, ids, pieces):
+    """Hidden states [B, T, D] of a text read in pieces, and the memory after it."""
+    memory, hidden = Memory(ids.shape[0]), []
+    for piece in ids.split(pieces, dim=1):
+        lengths = (piece.shape[1],) * ids.shape[0]
+        states, frame = host.open(piece, lengths, memory.kv_lengths, memory, keep_keys=True)
+        states, memory = host.run(states, memory, frame, 0, host.n_layers)
+        memory = memory.advance(lengths, piece.shape[1])
+        hidden.append(states)
+    return torch.cat(hidden, 1), memory
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# --- gradient through single tokens
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_token_by_token_is_that_of_the_whole(family):
+    """Layers of transformers overwrite their state when they read one token, and need the old one to go back."""
+    model, ids = sleeping(family), tokens(2, 5)
+    gradients = {}
+    for name, pieces in {"whole": [5], "token by token": [1, 1, 1, 1, 1], "mixed": [3, 1, 1]}.items():
+        model.zero_grad()
+        with true_float64():
+            hidden, memory = walk(model.blocks, ids, pieces)
+            loss = (hidden * draw(*hidden.shape)).sum()
+            for place, (_, layer) in enumerate(sorted(memory.state.items())):
+                loss = loss + (layer.recurrent * draw(*layer.recurrent.shape, seed=place)).sum()
+            loss.backward()
+        gradients[name] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    assert any(gradient.abs().max() > 1e-3 for gradient in gradients["whole"].values())
+    for name in ("token by token", "mixed"):
+        assert gradients[name].keys() == gradients["whole"].keys()
+        for parameter, gradient in gradients["whole"].items():
+            assert_close(gradients[name][parameter], gradient, EXACT_GRAD, f"{name}: {parameter}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_backward_through_a_window_of_one_token(family):
+    """One token behind a full window, windows of one token, all read awake, and pieces of one token."""
+    model = sleeping(family)
+    ids = tokens(2, 5)
+    for length, keywords in ((4, {}), (1, {}), (4, {"awake": torch.ones_like(ids, dtype=torch.bool)})):
+        model.config.window_size = length
+        model.zero_grad()
+        loss = model(ids, labels=ids, logits_to_keep=0, **keywords).loss
+        loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    model.config.window_size = 4
+    cache, losses = SleepCache(), []
+    for column in range(5):
+        piece = ids[:, column : column + 1]
+        losses.append(model(piece, labels=piece, past_key_values=cache, logits_to_keep=0).loss)
+    sum(losses).backward()
+
+
+# Those whose single token used to overwrite what the backward pass needs, and one that attends only.
+@pytest.mark.parametrize("family", ["bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2", "qwen3"])
+def test_gradient_of_a_single_token_is_the_difference_quotient(family):
+    model, ids = sleeping(family), tokens(1, 5)
+    parameters = list(model.parameters())
+    direction = [draw(*p.shape, seed=place) for place, p in enumerate(parameters)]
+
+    def loss(step):
+        with torch.no_grad():
+            for parameter, way in zip(parameters, direction, strict=True):
+                parameter += step * way
+        try:
+            return model(ids, labels=ids, logits_to_keep=0).loss
+        finally:
+            with torch.no_grad():
+                for parameter, way in zip(parameters, direction, strict=True):
+                    parameter -= step * way
+
+    with true_float64():
+        model.zero_grad()
+        model(ids, labels=ids, logits_to_keep=0).loss.backward()
+        slope = sum((p.grad * way).sum() for p, way in zip(parameters, direction, strict=True) if p.grad is not None)
+        with torch.no_grad():
+            quotient = (loss(1e-7) - loss(-1e-7)) / 2e-7
+    assert_close(slope, quotient, QUOTIENT, family)
+
+
+def test_a_state_that_is_told_to_overwrite_itself_stays():
+    old = torch.ones(1, 1, 2, 2, requires_grad=True)
+    cache = WindowCache(0, 1, LayerState(None, old))
+    lent = cache.get_recurrent_state(0)
+    decay = torch.full((2, 2), 0.5, requires_grad=True)
+    new = lent * decay
+    lent.copy_(new)
+    after = cache.written(new)
+    assert type(new) is torch.Tensor and type(after.recurrent) is torch.Tensor
+    assert torch.equal(after.recurrent, torch.full_like(old, 0.5)) and torch.equal(old, torch.ones_like(old))
+    after.recurrent.sum().backward()
+    assert torch.equal(old.grad, torch.full_like(old, 0.5)) and torch.equal(decay.grad, torch.ones_like(decay))
+
+
+def test_a_kernel_without_gradient_is_refused_where_gradient_is_wanted():
+    state = LayerState(None, torch.ones(1, 1, 2, 2))
+    cache = WindowCache(0, 1, state)
+    lent = cache.get_recurrent_state(0)
+    lent.view(-1).detach().numpy()[:] = 3.0  # as a kernel writes, past autograd
+    output = torch.ones(1, 1, 2)
+    assert torch.equal(cache.written(output).recurrent, torch.full((1, 1, 2, 2), 3.0))
+    assert torch.equal(state.recurrent, torch.ones(1, 1, 2, 2)), "the snapshot was overwritten"
+    with pytest.raises(UnsupportedModelError, match="mamba-ssm"):
+        cache.written(output.requires_grad_())

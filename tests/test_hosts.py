@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from families import FAMILIES, randomise, tiny_base, tokens, true_float64
-from tolerances import EXACT_GRAD, QUOTIENT, assert_close
+from tolerances import EXACT, EXACT_GRAD, FLOAT32, QUOTIENT, assert_close
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import flash_attention_mask
 
 from sleepify import SleepCache, UnsupportedModelError, sleepify
 from sleepify.hosts import WindowCache
@@ -128,3 +132,95 @@ def test_a_kernel_without_gradient_is_refused_where_gradient_is_wanted():
     assert torch.equal(state.recurrent, torch.ones(1, 1, 2, 2)), "the snapshot was overwritten"
     with pytest.raises(UnsupportedModelError, match="mamba-ssm"):
         cache.written(output.requires_grad_())
+
+
+# --- flash attention: told by a number how far to look, and looking for packed rows in the positions
+
+
+RECORDED: list[tuple[int, int | None, bool]] = []
+
+
+def recording_flash(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, **kwargs):
+    """What flash attention computes, [B, T, H, d], and a note of what it was told."""
+    RECORDED.append((module.layer_idx, sliding_window, kwargs.get("position_ids") is not None))
+    n_new, n_keys = query.shape[2], key.shape[2]
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    back = torch.arange(n_keys - n_new, n_keys)[:, None] - torch.arange(n_keys)[None, :]
+    seen = (back >= 0) if sliding_window is None else (back >= 0) & (back < sliding_window)
+    if attention_mask is not None:
+        seen = seen & attention_mask[:, None, None, :].bool()
+    scores = (query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)).masked_fill(
+        ~seen, -1e30
+    )
+    if (cap := kwargs.get("softcap")) is not None:
+        scores = (torch.tanh(query @ key.transpose(2, 3) * scaling / cap) * cap).masked_fill(~seen, -1e30)
+    return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("flash_recording", recording_flash)
+AttentionMaskInterface.register("flash_recording", flash_attention_mask)
+
+
+def belongings(base):
+    """Everything that the modules of a base hold beside parameters, as it reads now."""
+    skipped = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+    found = {}
+    for name, module in base.named_modules():
+        for key, value in vars(module).items():
+            if key not in skipped:
+                found[name, key] = id(value) if key == "config" else repr(value)
+        found[name, "hooks"] = len(module._forward_hooks) + len(module._forward_pre_hooks)
+    return found
+
+
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flash_attention_sees_as_far_as_the_mask_and_the_base_stays(family, eviction):
+    ids = tokens(1, 11)
+    pieces = [ids[:, :6], ids[:, 6:7], ids[:, 7:]]
+    masked = sleeping(family, eviction=eviction)
+    flash = copy.deepcopy(masked)
+    flash.language_model.config._attn_implementation = "flash_recording"
+    before = belongings(flash.language_model)
+    RECORDED.clear()
+    # Gemma2 attends eagerly, and eager attention asks for its softmax in float32 by name.
+    tolerance = FLOAT32 if family == "gemma2" else EXACT
+    with torch.no_grad(), true_float64():
+        caches = SleepCache(), SleepCache()
+        for piece in pieces:
+            expected = masked(piece, past_key_values=caches[0]).logits
+            assert_close(flash(piece, past_key_values=caches[1]).logits, expected, tolerance, family)
+    attending = [kind for kind in flash.blocks.kinds if "attention" in kind or "hybrid" in kind]
+    if any(not kind.startswith("linear") for kind in attending):
+        assert RECORDED
+    own = getattr(flash.language_model.config, "sliding_window", None)
+    reaches = {reach for _, reach, _ in RECORDED}
+    assert reaches <= ({4} if eviction == "sliding" else {None, own}), reaches
+    assert belongings(flash.unload()) == before
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mistral", "gemma2", "zamba2"])
+def test_the_base_stays_when_a_call_fails(family, monkeypatch):
+    model = sleeping(family, eviction="sliding")
+    model.language_model.config._attn_implementation = "flash_recording"
+    before = belongings(model.language_model)
+
+    def failing(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_recording", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model(tokens(1, 3))
+    assert belongings(model.unload()) == before
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flash_attention_gets_no_positions_where_there_are_tables(family):
+    """With them it looks for packed rows, which makes the host wait for the device in every layer at batch 1."""
+    model = sleeping(family)
+    model.language_model.config._attn_implementation = "flash_recording"
+    RECORDED.clear()
+    with torch.no_grad():
+        model(tokens(1, 6))
+    tables = getattr(model.blocks.decoder, "rotary_emb", None) is not None
+    assert not (tables and any(positions for _, _, positions in RECORDED))

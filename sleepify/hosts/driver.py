@@ -110,6 +110,12 @@ class Host:
         self._attending_kinds = list(dict.fromkeys(call.kind for call in attending))
         self._rotary: nn.Module | None = getattr(self.decoder, "rotary_emb", None)
         self._rotary_by_kind = self._rotary is not None and "layer_type" in _parameters(self._rotary)
+        self._embedding_scale = getattr(self.decoder, "embedding_multiplier", None)
+        self._embedding_dropout = getattr(self.decoder, "emb_dropout", None)
+        factors = (getattr(self.config, name, None) for name in ("logit_scale", "lm_head_multiplier"))
+        self._factors = [factor for factor in factors if factor is not None]
+        self._divisor: float | None = getattr(self.config, "logits_scaling", None)
+        self._cap: float | None = getattr(self.config, "final_logit_softcapping", None)
         # Sliding eviction under flash attention only.
         self._narrowing: dict[int, Narrowing] = {}
 
@@ -191,11 +197,9 @@ class Host:
     def embed(self, input_ids: Tensor) -> Tensor:
         """[B, T] ids to [B, T, D]."""
         hidden = self.language_model.get_input_embeddings()(input_ids)
-        scale = getattr(self.decoder, "embedding_multiplier", None)
-        if scale is not None:
-            hidden = hidden * scale
-        dropout = getattr(self.decoder, "emb_dropout", None)
-        return hidden if dropout is None else dropout(hidden)
+        if self._embedding_scale is not None:
+            hidden = hidden * self._embedding_scale
+        return hidden if self._embedding_dropout is None else self._embedding_dropout(hidden)
 
     def rotary(self, hidden_states: Tensor, position_ids: Tensor) -> dict[str, Any]:
         """Rotary tables per kind of attention layer; None where the model has none."""
@@ -259,14 +263,12 @@ class Host:
         """Final norm, head and what the family does to its logits; [..., D] to [..., V]."""
         head = self.language_model.get_output_embeddings()
         logits = head(self.norm(hidden_states).to(head.weight.dtype))
-        config = self.config
-        for name in ("logit_scale", "lm_head_multiplier"):
-            if (factor := getattr(config, name, None)) is not None:
-                logits = logits * factor
-        if (divisor := getattr(config, "logits_scaling", None)) is not None:
-            logits = logits / divisor
-        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
-            logits = torch.tanh(logits / cap) * cap
+        for factor in self._factors:
+            logits = logits * factor
+        if self._divisor is not None:
+            logits = logits / self._divisor
+        if self._cap is not None:
+            logits = torch.tanh(logits / self._cap) * self._cap
         return logits
 
     def base_logits(self, input_ids: Tensor) -> Tensor:

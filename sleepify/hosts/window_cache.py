@@ -12,6 +12,8 @@ from transformers.cache_utils import Cache
 from sleepify.errors import UnsupportedModelError
 from sleepify.memory import LayerState
 
+_NOTHING = LayerState()
+
 
 class WindowCache(Cache):
     """Hands a layer what it remembers, and takes down what it will remember.
@@ -29,6 +31,10 @@ class WindowCache(Cache):
         fixed_shapes: whether a single token gets a mask in any case, without a look at what it masks.
     """
 
+    # What transformers' constructor would set; one is made per layer and token, and its checks say nothing here.
+    layer_class_to_replicate = None
+    offloading = False
+
     def __init__(
         self,
         past: int,
@@ -38,12 +44,11 @@ class WindowCache(Cache):
         keep_keys: bool = False,
         fixed_shapes: bool = False,
     ) -> None:
-        super().__init__(layers=[])
         self.past = past
         self.query_length = query_length
         self.keep_keys = keep_keys
         self.fixed_shapes = fixed_shapes
-        self.before = state or LayerState()
+        self.before = _NOTHING if state is None else state
         self.state = self.before
         self.kv = kv
         self._lent: Tensor | None = None
@@ -56,10 +61,6 @@ class WindowCache(Cache):
         collector, pass after pass.
         """
         return _LayerViews(self)
-
-    @layers.setter
-    def layers(self, _: list) -> None:
-        """transformers' constructor sets it."""
 
     @property
     def is_compileable(self) -> bool:

@@ -8,11 +8,12 @@ import pytest
 import torch
 from families import FAMILIES, randomise, tiny_base, tokens, true_float64
 from tolerances import EXACT, EXACT_GRAD, FLOAT32, QUOTIENT, assert_close
+from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
 from sleepify import SleepCache, UnsupportedModelError, sleepify
-from sleepify.hosts import WindowCache
+from sleepify.hosts import Host, WindowCache, host_class, verify
 from sleepify.memory import LayerState, Memory
 
 
@@ -140,7 +141,9 @@ def test_a_kernel_without_gradient_is_refused_where_gradient_is_wanted():
 RECORDED: list[tuple[int, int | None, bool]] = []
 
 
-def recording_flash(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, **kwargs):
+def recording_flash(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, **kwargs
+):
     """What flash attention computes, [B, T, H, d], and a note of what it was told."""
     RECORDED.append((module.layer_idx, sliding_window, kwargs.get("position_ids") is not None))
     n_new, n_keys = query.shape[2], key.shape[2]
@@ -149,12 +152,10 @@ def recording_flash(module, query, key, value, attention_mask, scaling=None, dro
     seen = (back >= 0) if sliding_window is None else (back >= 0) & (back < sliding_window)
     if attention_mask is not None:
         seen = seen & attention_mask[:, None, None, :].bool()
-    scores = (query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)).masked_fill(
-        ~seen, -1e30
-    )
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if (cap := kwargs.get("softcap")) is not None:
-        scores = (torch.tanh(query @ key.transpose(2, 3) * scaling / cap) * cap).masked_fill(~seen, -1e30)
-    return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+        scores = torch.tanh(scores / cap) * cap
+    return (scores.masked_fill(~seen, -1e30).softmax(-1) @ value).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register("flash_recording", recording_flash)
@@ -224,3 +225,88 @@ def test_flash_attention_gets_no_positions_where_there_are_tables(family):
         model(tokens(1, 6))
     tables = getattr(model.blocks.decoder, "rotary_emb", None) is not None
     assert not (tables and any(positions for _, _, positions in RECORDED))
+
+
+# --- verify
+
+
+class Factor:
+    """A factor at one place of a base that its own forward pass applies and a walk over its layers does not."""
+
+    def __init__(self, base, place, factor):
+        self.active = False
+        decoder = getattr(base, base.base_model_prefix)
+        if place == "logits":
+            base.lm_head.register_forward_hook(self.scaled(factor))
+        elif place == "embeddings":
+            decoder.layers[0].register_forward_pre_hook(
+                lambda _, args: (args[0] * (factor if self.active else 1), *args[1:])
+            )
+        else:
+            decoder.layers[1].mlp.register_forward_hook(self.scaled(factor))
+        forward = base.forward
+
+        def own(*args, **kwargs):
+            self.active = True
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self.active = False
+
+        base.forward = own
+
+    def scaled(self, factor):
+        return lambda _, __, output: output * factor if self.active else output
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("place", ["logits", "embeddings", "one branch"])
+def test_a_factor_that_is_wrong_by_four_percent_is_refused(dtype, place):
+    base = tiny_base("llama", dtype)
+    Factor(base, place, 1.04)
+    with pytest.raises(UnsupportedModelError, match="convention"):
+        sleepify(base)
+
+
+def test_a_factor_on_single_tokens_alone_is_refused():
+    class Faulty(Host):
+        def logits(self, hidden_states):
+            return super().logits(hidden_states) * (1.02 if hidden_states.shape[1] == 1 else 1)
+
+    base = tiny_base("llama", torch.bfloat16)
+    verify(host_class(base.config)(base))
+    with pytest.raises(UnsupportedModelError, match="in length, 1 token"):
+        verify(Faulty(base))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_accepted_in_every_precision(family, dtype):
+    base = tiny_base(family, dtype)
+    verify(host_class(base.config)(base))
+
+
+# --- devices
+
+
+def test_lengths_go_where_the_hidden_states_are():
+    """A base that is spread over devices carries its hidden states along, and an inserted layer sits beside its own."""
+    base = tiny_base("qwen3")
+    seen = []
+
+    class Inserted(nn.Module):
+        def forward(self, hidden_states, state, lengths):
+            seen.append((hidden_states.device.type, lengths.device.type))
+            return hidden_states, LayerState()
+
+    class Moved(nn.Module):
+        def forward(self, hidden_states, **_):
+            return hidden_states.to("meta")
+
+    base.model.layers[1] = Moved()
+    host = Host(base, {0: Inserted(), 1: Inserted()})
+    with torch.no_grad():
+        memory = Memory(2)
+        hidden, frame = host.open(tokens(2, 4), (4, 2), (0, 0), memory, keep_keys=False)
+        host.run(hidden, memory, frame, 0, 2)
+    assert seen == [("cpu", "cpu"), ("meta", "meta")]

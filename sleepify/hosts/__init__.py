@@ -1,4 +1,4 @@
-"""Driving a base model's decoder layer by layer, so that sleep.py can loop over any part of it."""
+"""Driving a base's decoder layer by layer, so that sleep.py can loop over any part of it."""
 
 from sleepify.hosts.conventions import find_decoder, is_recurrent, layer_kinds
 from sleepify.hosts.driver import Frame, Host

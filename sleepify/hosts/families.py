@@ -1,4 +1,4 @@
-"""What families of base models do differently from the driver, and which families have been tested."""
+"""What families of bases do differently, and which families have been tested."""
 
 from __future__ import annotations
 
@@ -102,5 +102,5 @@ FAMILIES: dict[str, type[Host]] = {
 
 
 def host_class(config: PreTrainedConfig) -> type[Host]:
-    """The driver of a family."""
+    """The host of a family."""
     return FAMILIES.get(config.model_type, Host)

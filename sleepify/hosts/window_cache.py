@@ -54,7 +54,7 @@ class WindowCache(Cache):
         self._lent: Tensor | None = None
 
     @property
-    def layers(self) -> list:
+    def layers(self) -> list:  # type: ignore[override]
         """What older transformers reach into for the state instead of asking for it.
 
         Made when asked for: stored, it and the cache would refer to each other, and tensors would wait for Python's

@@ -181,6 +181,8 @@ def test_flash_attention_sees_as_far_as_the_mask_and_the_base_stays(family, evic
     pieces = [ids[:, :6], ids[:, 6:7], ids[:, 7:]]
     masked = sleeping(family, eviction=eviction)
     flash = copy.deepcopy(masked)
+    if family == "gemma2":  # scaled_dot_product_attention has no cap for its scores
+        masked.language_model.set_attn_implementation("eager")
     flash.language_model.config._attn_implementation = "flash_recording"
     before = belongings(flash.language_model)
     RECORDED.clear()

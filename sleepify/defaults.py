@@ -7,7 +7,7 @@ import copy
 from transformers import PreTrainedConfig
 
 from sleepify.config import FastWeightConfig, SleepConfig
-from sleepify.conventions import is_recurrent, layer_kinds
+from sleepify.hosts import is_recurrent, layer_kinds
 
 MAX_DEFAULT_WINDOW = 2048
 

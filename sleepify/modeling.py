@@ -85,6 +85,8 @@ class SleepForCausalLM(SleepGeneration, SleepCheckpoint):
         base = {name: value for name, value in config.text_config.to_dict().items() if name not in _INCIDENTAL}
         described = [base, config.fast_weights.to_dict(), config.base_fingerprint]
         self._identity = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:12]
+        self._idle = [parameter for parameter in self.blocks.idle_parameters() if parameter.requires_grad]
+        self._leave_idle()
         self.post_init()
 
     @classmethod
@@ -125,12 +127,20 @@ class SleepForCausalLM(SleepGeneration, SleepCheckpoint):
 
     def unload(self) -> PreTrainedModel:
         """The base model again, without sleep and without the inserted layers."""
+        for parameter in self._idle:
+            parameter.requires_grad_(True)
         return self.language_model
 
     def freeze_base(self, frozen: bool = True) -> None:
         """Train only what was inserted (or, with False, everything)."""
         self.language_model.requires_grad_(not frozen)
         self.fast_weights.requires_grad_(True)
+        self._leave_idle()
+
+    def _leave_idle(self) -> None:
+        """Freeze what no pass uses: trained in several processes, a parameter that never has a gradient is an error."""
+        for parameter in self.blocks.idle_parameters():
+            parameter.requires_grad_(False)
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters are trained, of how many."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from transformers.cache_utils import Cache
 
 from sleepify.errors import UnsupportedModelError
 from sleepify.memory import LayerState
+
+_NOTHING = LayerState()
 
 
 class WindowCache(Cache):
@@ -28,6 +31,10 @@ class WindowCache(Cache):
         fixed_shapes: whether a single token gets a mask in any case, without a look at what it masks.
     """
 
+    # What transformers' constructor would set; one is made per layer and token, and its checks say nothing here.
+    layer_class_to_replicate = None
+    offloading = False
+
     def __init__(
         self,
         past: int,
@@ -37,27 +44,23 @@ class WindowCache(Cache):
         keep_keys: bool = False,
         fixed_shapes: bool = False,
     ) -> None:
-        super().__init__(layers=[])
         self.past = past
         self.query_length = query_length
         self.keep_keys = keep_keys
         self.fixed_shapes = fixed_shapes
-        self.before = state or LayerState()
+        self.before = _NOTHING if state is None else state
         self.state = self.before
         self.kv = kv
+        self._lent: Tensor | None = None
 
     @property
-    def layers(self) -> list:
+    def layers(self) -> list:  # type: ignore[override]
         """What older transformers reach into for the state instead of asking for it.
 
         Made when asked for: stored, it and the cache would refer to each other, and tensors would wait for Python's
         collector, pass after pass.
         """
         return _LayerViews(self)
-
-    @layers.setter
-    def layers(self, _: list) -> None:
-        """transformers' constructor sets it."""
 
     @property
     def is_compileable(self) -> bool:
@@ -96,10 +99,28 @@ class WindowCache(Cache):
         recurrent = self.before.recurrent
         if recurrent is None or self.query_length > 1:
             return recurrent
-        # Single-token kernels write into the tensor they are given: give them one of their own, and keep it.
+        # Single-token code writes into the tensor it is given: give it one of its own, and keep it.
         own = recurrent.clone()
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._lent = own
+            return _Overwritten.of(own, self)
         self.state = LayerState(self.state.conv, own)
         return own
+
+    def written(self, hidden_states: Tensor) -> LayerState | None:
+        """The state after the pass that gave ``hidden_states``, None if the layer has none.
+
+        Raises:
+            UnsupportedModelError: if gradient is wanted and the layer wrote its state where none is recorded.
+        """
+        if self._lent is not None and self.state.recurrent is self.before.recurrent:
+            if hidden_states.requires_grad:
+                raise UnsupportedModelError(
+                    "expected a recurrent layer to write its state by PyTorch where gradient is wanted, but a kernel "
+                    "wrote it that records none; uninstall mamba-ssm to train with single tokens"
+                )
+            return LayerState(self.state.conv, self._lent)
+        return None if self.state is self.before else self.state
 
     def update_conv_state(
         self,
@@ -123,6 +144,35 @@ class WindowCache(Cache):
         wide = recurrent_states.to(torch.promote_types(recurrent_states.dtype, torch.float32))
         self.state = LayerState(self.state.conv, wide)
         return wide
+
+
+class _Overwritten(Tensor):
+    """A state that is told to overwrite itself, and tells the cache of the new one instead.
+
+    What is computed from the old state needs it in the backward pass, so it must stay as it is.
+    """
+
+    old: Tensor
+    cache: WindowCache
+
+    @classmethod
+    def of(cls, state: Tensor, cache: WindowCache) -> _Overwritten:
+        """``state``, whose content nobody needs but the layer that is about to read and overwrite it."""
+        made = state.as_subclass(cls)
+        made.old, made.cache = state, cache
+        return made
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.copy_ and isinstance(args[0], cls):
+            args[0].cache.update_recurrent_state(args[1].to(args[0].old), 0)
+            return args[0]
+        # Without a trace of this object: saved for the backward pass, it would keep the cache and all that it holds.
+        args = tuple(arg.old if isinstance(arg, cls) else arg for arg in args)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
 
 class _LayerViews(list):

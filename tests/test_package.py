@@ -44,7 +44,7 @@ EDGES: dict[str, set[str]] = {
     "modeling": {"sleep", "cache", "config", "defaults", "errors", "fast_weights", "hosts", "rows"},
     "checkpoints": {"card", "config", "errors"},
     "retrofit": {"checkpoints", "config", "defaults", "errors", "hosts", "modeling"},
-    "training": {"cache", "config", "defaults", "errors", "modeling", "tasks"},
+    "training": {"cache", "config", "defaults", "errors", "fast_weights", "modeling", "retrofit", "tasks"},
     "__init__": {"cache", "config", "errors", "modeling", "models", "retrofit", "version"},
     "__main__": {"hosts", "ops", "version"},
 }

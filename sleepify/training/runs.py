@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def write_manifest(checkpoint: Path, run: dict[str, Any], progress: dict[str, An
 def whole_or_not_at_all(final: Path, is_writer: bool, wait_for_all: Callable[[], None]) -> Iterator[Path]:
     """A folder to write ``final.name`` in, which takes its place when all ranks are done.
 
-    A kill leaves a hidden draft that the next save removes; an error removes it at once. What was there stays there.
+    A kill leaves a hidden draft for `remove_drafts`; an error removes it at once. What was there stays there.
 
     Raises:
         CheckpointError: if the files could not be written (a full disk, a quota).
@@ -103,3 +104,30 @@ def whole_or_not_at_all(final: Path, is_writer: bool, wait_for_all: Callable[[],
         (draft / final.name).rename(final)
         shutil.rmtree(draft)
     wait_for_all()
+
+
+def remove_drafts(directory: Path) -> None:
+    """Remove what saves that were killed have left: half-written checkpoints within a run's folder, and beside the
+    folder half-written models that were to be saved in it (`save_pretrained` writes there first).
+
+    Only what is certainly that: folders of exactly such a name, which hold nothing else than such files. A folder is
+    one run's, so that nobody else is saving to it.
+    """
+    for draft in directory.glob(".checkpoint-*.draft"):
+        if re.fullmatch(r"\.checkpoint-\d+\.draft", draft.name) and _is_folder(draft):
+            shutil.rmtree(draft, ignore_errors=True)
+    # The random part of a name that tempfile makes.
+    name = re.compile(rf"\.{re.escape(directory.name)}\.[a-z0-9_]{{8}}")
+    # Where one may not look there is nothing of ours.
+    with suppress(OSError):
+        for draft in directory.resolve().parent.iterdir():
+            if name.fullmatch(draft.name) and _is_folder(draft) and all(map(_is_of_a_model, draft.iterdir())):
+                shutil.rmtree(draft, ignore_errors=True)
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _is_of_a_model(path: Path) -> bool:
+    return path.is_file() and (path.suffix in (".json", ".safetensors") or path.name == "README.md")

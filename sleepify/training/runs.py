@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -131,3 +132,15 @@ def _is_folder(path: Path) -> bool:
 
 def _is_of_a_model(path: Path) -> bool:
     return path.is_file() and (path.suffix in (".json", ".safetensors") or path.name == "README.md")
+
+
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """A file of the same ending to write, which takes the place of ``path`` when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.stem}.draft{path.suffix}")
+    try:
+        yield draft
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)

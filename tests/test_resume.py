@@ -66,6 +66,8 @@ def contents(directory):
 
 def test_a_checkpoint_of_another_run_is_refused_and_untouched(tmp_path):
     checkpoint = saved(tmp_path)
+    (tmp_path / ".checkpoint-3.draft").mkdir()
+    (tmp_path / ".checkpoint-3.draft" / "config.json").write_text("{}")
     before = contents(tmp_path)
     steps = {"save_strategy": "steps", "save_steps": 1}
     for other, message in (

@@ -245,8 +245,6 @@ class SleepTrainer(Trainer):
             NonFiniteStepsError: if too many updates in a row are not finite.
         """
         directory = self.args.output_dir or ""
-        if self.args.should_save:
-            remove_drafts(Path(directory))
         last = get_last_checkpoint(directory) if os.path.isdir(directory) else None
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last or True
@@ -257,6 +255,8 @@ class SleepTrainer(Trainer):
         elif last is not None and self.args.save_strategy != "no":
             # Otherwise this run would write over the other's checkpoints.
             read_manifest(Path(last), self._run)
+        if self.args.should_save:
+            remove_drafts(Path(directory))
         with self._listen_to_sigterm():
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self._stop_agreed:

@@ -17,7 +17,6 @@ import json
 import math
 import platform
 import statistics
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,10 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from sleepify.training import recipe
+from sleepify.training.evaluate import Report, Score
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "recipes"))
-
-import rule110  # noqa: E402
-from common import parse  # noqa: E402
-
-from sleepify.training.evaluate import Report, Score  # noqa: E402
-
 CONFIG = ROOT / "recipes" / "configs" / "rule110_small.yaml"
 LOOPS = (1, 2, 4)
 SCHEDULE = (1, 4, 2, 4, 3, 4)
@@ -99,7 +94,7 @@ class Runs:
             "output_dir": self.path(variant, seed).with_suffix(""),
         }
         argv = [str(CONFIG), *(part for name, value in options.items() for part in (f"--{name}", str(value)))]
-        result = rule110.main([*argv, *map(str, overrides)])
+        result = recipe.run("rule110", [*argv, *map(str, overrides)])
         fields = {
             "variant": variant,
             "seed": seed,
@@ -153,7 +148,7 @@ def pooled(runs: list[Run], difficulty: int) -> Score:
 
 def constant_guess(test_examples: int) -> dict[int, float]:
     """Accuracy of always giving the commoner answer, per t, on the test rows of seed 0."""
-    task = parse(rule110.Rule110Arguments, [str(CONFIG)], None).task.build()
+    task = recipe.parse("rule110", [str(CONFIG)]).task.build()
     answers: dict[int, list[int]] = {}
     for index in range(test_examples):
         example = task.example(index, "test")

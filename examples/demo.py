@@ -47,11 +47,9 @@ os.environ.update(QUIET)
 # So small a model is fastest on one thread; the rows are made on the other core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
-sys.path[:0] = [str(RECIPES), str(ROOT / "examples")]
 
 import torch  # noqa: E402
 import yaml  # noqa: E402
-from gsm_inf import GsmInfiniteArguments  # noqa: E402
 from measures import (  # noqa: E402
     OpenWindowOnly,
     accuracy_table,
@@ -86,6 +84,7 @@ from transformers import logging as transformers_logging  # noqa: E402
 from sleepify import SleepForCausalLM  # noqa: E402
 from sleepify.tasks.gsm_infinite import PETS, GsmInfinite, Problem, WordTokenizer  # noqa: E402
 from sleepify.training.evaluate import Report, evaluate  # noqa: E402
+from sleepify.training.task_arguments import GsmInfiniteArguments  # noqa: E402
 
 transformers_logging.disable_progress_bar()
 console = Console(highlight=False)

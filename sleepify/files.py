@@ -40,8 +40,9 @@ def discard(path: Path) -> None:
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """The name of a draft to write, a file, which takes the place of ``path`` at the end; after an error it is gone."""
-    draft = draft_of(path)
+    """The name of a draft to write, a file of the same ending, which takes the place of ``path`` when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.stem}.draft{path.suffix}")
     try:
         yield draft
         os.replace(draft, path)

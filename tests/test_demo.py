@@ -62,7 +62,6 @@ def test_quick_demo_trains_tests_saves_answers_and_measures(tmp_path: Path) -> N
 def demo(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The module, which sets variables for the processes that it starts."""
     monkeypatch.setattr(os, "environ", os.environ.copy())
-    monkeypatch.setattr(sys, "path", [str(ROOT / "examples"), *sys.path])
     module = importlib.import_module("demo")
     monkeypatch.setattr(module.signal, "signal", lambda *_: None)
     return module

@@ -55,7 +55,8 @@ EDGES: dict[str, set[str]] = {
     "checkpoints": {"card", "config", "errors", "files", "fingerprint", "manifest"},
     "retrofit": {"config", "defaults", "fingerprint", "hosts", "modeling", "settings"},
     "training": {
-        *("config", "defaults", "errors", "files", "manifest", "memory", "modeling", "schedule", "settings", "tasks"),
+        *("config", "defaults", "errors", "fast_weights", "files", "manifest", "memory", "modeling", "retrofit"),
+        *("schedule", "settings", "tasks"),
     },
     "__init__": {"cache", "config", "errors", "modeling", "models", "retrofit", "version"},
     "__main__": {"hosts", "ops", "version"},
@@ -229,3 +230,14 @@ def snippets() -> list:
 @pytest.mark.parametrize("where, code", snippets())
 def test_snippets_compile(where, code):
     compile(code, where, "exec")
+
+
+def test_nobody_edits_the_path_that_modules_are_found_on():
+    """What is shared is in the package; tests and examples find each other by the settings of pytest."""
+    edits = re.compile(r"sys\s*\.\s*path(?:\.(?:insert|append|extend)|\[[^]]*\]\s*=|\s*\+?=[^=])|setattr\(sys, .path.")
+    folders = ("sleepify", "recipes", "examples", "benchmarks", "tests")
+    searched = [path for folder in folders for path in sources(ROOT / folder)]
+    assert ROOT / "recipes" / "rule110.py" in searched
+    for path in searched:
+        found = edits.search(path.read_text(encoding="utf-8"))
+        assert not found, f"{path}: {found[0]!r}; import from the package"

@@ -18,17 +18,17 @@ from accelerate.commands.config.config_args import load_config_from_file
 from families import tiny_base
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sleepify import SleepForCausalLM, sleepify
+from sleepify import FastWeightConfig, SleepConfig, SleepForCausalLM, sleepify
+from sleepify.retrofit import KEYWORDS
+from sleepify.training import evaluate_checkpoint
+from sleepify.training import recipe as recipes
+from sleepify.training.model_arguments import ModelArguments, build_model
+from sleepify.training.recipe import parse
+from sleepify.training.sleep_arguments import SleepArguments
+from sleepify.training.task_arguments import RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPES = ROOT / "recipes"
-sys.path.insert(0, str(RECIPES))
-
-import common  # noqa: E402
-import depo  # noqa: E402
-import evaluate as evaluate_recipe  # noqa: E402
-import gsm_inf  # noqa: E402
-import rule110  # noqa: E402
+FOLDER = ROOT / "recipes"
 
 GSM_MODELS = {
     "jet_nemotron_2b": ["hard", "n1", "n1_compute"],
@@ -39,39 +39,44 @@ GSM_MODELS = {
     "gsm_inf": ["demo", "tiny"],
 }
 BASELINES = ["n1", "n1_compute", "n1_deep", "full_attention", "sliding_attention"]
-CONFIGS: dict[str, Any] = {
-    **{f"rule110_{name}": rule110 for name in ["t32", "small", "tiny", *BASELINES]},
-    **{f"depo_{name}": depo for name in ["k16", "tiny", *BASELINES]},
-    **{f"{model}_{name}": gsm_inf for model, names in GSM_MODELS.items() for name in names},
+CONFIGS: dict[str, str] = {
+    **{f"rule110_{name}": "rule110" for name in ["t32", "small", "tiny", *BASELINES]},
+    **{f"depo_{name}": "depo" for name in ["k16", "tiny", *BASELINES]},
+    **{f"{model}_{name}": "gsm_inf" for model, names in GSM_MODELS.items() for name in names},
 }
-ARGUMENTS = {rule110: rule110.Rule110Arguments, depo: depo.DepoArguments, gsm_inf: gsm_inf.GsmInfiniteArguments}
 NO_GPU = ["--use_cpu", "--bf16", "False"]
 
 
-def parse(name: str, *overrides: str) -> common.Recipe:
+def configured(name: str, *overrides: str) -> recipes.Recipe:
     """A configuration of ours; without its GPU, which is not here to be checked for."""
-    path = str(RECIPES / "configs" / f"{name}.yaml")
-    return common.parse(ARGUMENTS[CONFIGS[name]], [path, *NO_GPU, *overrides], None)
+    return parse(None, [str(FOLDER / "configs" / f"{name}.yaml"), *NO_GPU, *overrides])
 
 
 def test_the_configurations_are_the_expected_ones() -> None:
-    found = {path.stem for path in (RECIPES / "configs").rglob("*") if path.is_file()}
+    found = {path.stem for path in (FOLDER / "configs").rglob("*") if path.is_file()}
     assert found == set(CONFIGS)
+
+
+def test_every_recipe_has_a_script_and_every_script_a_recipe() -> None:
+    assert {path.stem for path in FOLDER.glob("*.py")} == {*RECIPES, "evaluate"}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configuration_builds_its_task_and_settings(name: str) -> None:
-    recipe = parse(name)
+    recipe = configured(name)
+    # The file names its recipe, and the recipe's own script takes it.
+    assert recipe == parse(CONFIGS[name], [str(FOLDER / "configs" / f"{name}.yaml"), *NO_GPU])
+    assert recipe.name == CONFIGS[name]
     assert recipe.training.output_dir == f"outputs/{name}"
     assert recipe.training.max_steps > 0 and recipe.training.seed == 0
     settings = recipe.sleep.settings()
     assert {"n_loops", "window_size", "eviction", "loop_range"} <= settings.keys()
-    if CONFIGS[name] is not gsm_inf:
+    if CONFIGS[name] != "gsm_inf":
         task, test_task = recipe.task.build(), recipe.task.build(test=True)
         assert settings["window_size"] == task.window_size == test_task.window_size
         # The architecture is one that transformers knows, and sleep accepts; no weights are made.
         with torch.device("meta"):
-            model = common.build_model(recipe.model, recipe.sleep, task.vocab_size)
+            model = build_model(recipe.model, recipe.sleep, task.vocab_size)
         assert isinstance(model, SleepForCausalLM) == recipe.sleep.sleep
         assert model.config.get_text_config().vocab_size == task.vocab_size
 
@@ -86,13 +91,13 @@ def test_the_papers_settings_are_the_papers() -> None:
         ("ouro_1.4b_sliding_stage1", 3300, 512, 4, 256, 1e-3),
         ("ouro_1.4b_sliding_stage2", 3300, 512, 4, 256, 1e-3),
     ):
-        recipe = parse(name)
+        recipe = configured(name)
         training, sleep = recipe.training, recipe.sleep
-        longest = recipe.task.target_tokens[1] if CONFIGS[name] is gsm_inf else recipe.task.build().length
+        longest = recipe.task.target_tokens[1] if CONFIGS[name] == "gsm_inf" else recipe.task.build().length
         rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
         assert (longest, sleep.window_size, sleep.n_loops, rows) == (length, window, n_loops, batch)
         assert (training.muon_learning_rate, training.adamw_learning_rate) == (muon, 5e-5)
-    stages = [parse(f"ouro_1.4b_sliding_stage{stage}") for stage in (1, 2)]
+    stages = [configured(f"ouro_1.4b_sliding_stage{stage}") for stage in (1, 2)]
     assert [(s.sleep.eviction, s.training.train_only) for s in stages] == [("hard", "fast_weights"), ("sliding", "all")]
     assert stages[1].model.model == stages[0].training.output_dir
     assert stages[1].training.max_steps == 2 * stages[0].training.max_steps
@@ -100,16 +105,16 @@ def test_the_papers_settings_are_the_papers() -> None:
 
 def test_baselines_differ_from_their_model_in_what_they_say() -> None:
     for task, model in (("rule110", "t32"), ("depo", "k16")):
-        own, n1, compute, deep = (parse(f"{task}_{name}") for name in (model, "n1", "n1_compute", "n1_deep"))
+        own, n1, compute, deep = (configured(f"{task}_{name}") for name in (model, "n1", "n1_compute", "n1_deep"))
         assert (n1.sleep.n_loops, n1.training.max_steps) == (1, own.training.max_steps)
         assert (compute.sleep.n_loops, compute.training.max_steps) == (1, 4 * own.training.max_steps)
         layers = [recipe.model.architecture["num_hidden_layers"] for recipe in (own, deep)]
         assert layers[1] == 4 * layers[0] and deep.sleep.loop_range == [0, layers[1]]
         for name in ("full_attention", "sliding_attention"):
-            recipe = parse(f"{task}_{name}")
+            recipe = configured(f"{task}_{name}")
             recipe.model.architecture |= {"hidden_size": 32, "intermediate_size": 32, "head_dim": 8}
             window = recipe.task.build().window_size
-            base = common.build_model(recipe.model, recipe.sleep, recipe.task.build().vocab_size).eval()
+            base = build_model(recipe.model, recipe.sleep, recipe.task.build().vocab_size).eval()
             ids = torch.zeros(1, 14 * window, dtype=torch.long)
             changed = ids.clone()
             changed[0, 0] = 1
@@ -121,7 +126,7 @@ def test_baselines_differ_from_their_model_in_what_they_say() -> None:
 
 def test_command_line_goes_before_file_and_file_before_what_it_extends(tmp_path: Path) -> None:
     child = tmp_path / "child.yaml"
-    parent = os.path.relpath(RECIPES / "configs" / "rule110_tiny.yaml", tmp_path)
+    parent = os.path.relpath(FOLDER / "configs" / "rule110_tiny.yaml", tmp_path)
     lines = {
         "extends": parent,
         "n_loops": 3,
@@ -130,15 +135,11 @@ def test_command_line_goes_before_file_and_file_before_what_it_extends(tmp_path:
         "muon_learning_rate": "1e-3",
     }
     child.write_text(yaml.safe_dump(lines), encoding="utf-8")
-    recipe = common.parse(
-        rule110.Rule110Arguments, ["--config", str(child), "--n_loops", "5", "--steps", "1", "2"], None
-    )
+    recipe = parse("rule110", ["--config", str(child), "--n_loops", "5", "--steps", "1", "2"])
     assert (recipe.sleep.n_loops, recipe.task.width, recipe.task.steps, recipe.sleep.window_size) == (5, 9, [1, 2], 8)
     assert recipe.model.architecture["hidden_size"] == 16 and recipe.model.architecture["num_hidden_layers"] == 2
     assert recipe.training.muon_learning_rate == 1e-3
-    whole = common.parse(
-        rule110.Rule110Arguments, [str(child), "--architecture", '{"model_type": "qwen3"}', "--no_sleep"], None
-    )
+    whole = parse("rule110", [str(child), "--architecture", '{"model_type": "qwen3"}', "--no_sleep"])
     assert whole.model.architecture == {"model_type": "qwen3"} and not whole.sleep.sleep
 
 
@@ -154,26 +155,37 @@ def test_command_line_goes_before_file_and_file_before_what_it_extends(tmp_path:
         ({}, ["--architecture", "{"], "architecture: expected a JSON object"),
         ({}, ["--model", "somewhere"], "expected either model or architecture"),
         (["width"], [], "expected `field: value` lines, got list"),
+        (
+            {"recipe": "depo"},
+            [],
+            r"for the recipe rule110, got `recipe: depo` \(.*child.yaml\); it is for recipes/depo.py",
+        ),
+        ({}, ["--recipe", "depo"], r"for the recipe rule110, got `recipe: depo` \(the command line\)"),
+        ({"recipe": "rule100"}, [], r"one of rule110, depo, gsm_inf, got 'rule100' \(did you mean 'rule110'\?\)"),
+        ({"recipe": ["depo"]}, [], r"one of rule110, depo, gsm_inf, got \['depo'\]"),
+        ({"learning_rate": 1e-4}, [], "muon_learning_rate and adamw_learning_rate"),
+        ({"fast_weights_rule": "gnd"}, [], "rule among gdn, jet, mamba2, got 'gnd'"),
+        ({"n_loops": 0}, [], "n_loops to be a whole number of at least 1, got 0"),
     ],
 )
 def test_refuses_by_name(lines: Any, argv: list[str], message: str, tmp_path: Path) -> None:
     child = tmp_path / "child.yaml"
     if isinstance(lines, dict):
-        lines = {"extends": str(RECIPES / "configs" / "rule110_tiny.yaml"), **lines}
+        lines = {"extends": str(FOLDER / "configs" / "rule110_tiny.yaml"), **lines}
     child.write_text(yaml.safe_dump(lines), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
-        common.parse(rule110.Rule110Arguments, [str(child), *argv], None)
+        parse("rule110", [str(child), *argv])
 
 
-@pytest.mark.parametrize("recipe", [rule110, depo, gsm_inf, evaluate_recipe])
-def test_help_explains_every_field(recipe: Any, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", [*RECIPES, "evaluate"])
+def test_help_explains_every_field(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        recipe.main(["--help"])
+        evaluate_checkpoint.run(["--help"]) if name == "evaluate" else recipes.run(name, ["--help"])
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
-    kinds = [ARGUMENTS.get(recipe, evaluate_recipe.EvaluateArguments)]
-    if recipe is not evaluate_recipe:
-        kinds += [common.ModelArguments, common.SleepArguments, common.TestArguments]
+    kinds: list[Any] = [evaluate_checkpoint.EvaluateArguments]
+    if name != "evaluate":
+        kinds = [RECIPES[name], ModelArguments, SleepArguments, recipes.TestArguments]
     for kind in kinds:
         for field in kind.__dataclass_fields__.values():
             assert f"--{field.name}" in shown and field.metadata["help"].strip()
@@ -188,9 +200,9 @@ def test_accelerate_files_are_the_expected_ones_and_load() -> None:
         "zero2": "DEEPSPEED",
         "zero3": "DEEPSPEED",
     }
-    assert {path.name for path in (RECIPES / "accelerate").iterdir()} == {f"{name}.yaml" for name in kinds}
+    assert {path.name for path in (FOLDER / "accelerate").iterdir()} == {f"{name}.yaml" for name in kinds}
     for name, kind in kinds.items():
-        config = load_config_from_file(str(RECIPES / "accelerate" / f"{name}.yaml"))
+        config = load_config_from_file(str(FOLDER / "accelerate" / f"{name}.yaml"))
         assert str(config.distributed_type).rsplit(".")[-1] == kind
         assert config.use_cpu == (name == "cpu") and config.num_processes == (1 if kind == "NO" else 8)
         if kind == "DEEPSPEED":
@@ -208,6 +220,79 @@ def test_documentation_runs_and_names_files_that_exist() -> None:
     assert all(f"`{name}" in text or f"{name}`" in text for name in ("rule110_t32", "depo_k16", "qwen3.5_2b_lora"))
 
 
+def test_a_file_without_a_recipe_is_for_the_script_that_is_started(tmp_path: Path) -> None:
+    tiny = yaml.safe_load((FOLDER / "configs" / "rule110_tiny.yaml").read_text(encoding="utf-8"))
+    small = yaml.safe_load((FOLDER / "configs" / "rule110_small.yaml").read_text(encoding="utf-8"))
+    lines = {**small, **{name: value for name, value in tiny.items() if name not in ("extends", "architecture")}}
+    assert lines.pop("recipe") == "rule110"
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(lines), encoding="utf-8")
+    assert parse("rule110", [str(path)]).name == "rule110"
+    with pytest.raises(ValueError, match="expected a recipe, got none: write `recipe: NAME` into the YAML file"):
+        parse(None, [str(path)])
+    assert parse(None, [str(path), "--recipe=rule110"]) == parse("rule110", [str(path)])
+    (tmp_path / "child.yaml").write_text(yaml.safe_dump({"extends": "mine.yaml", "recipe": "rule110"}))
+    (tmp_path / "grandchild.yaml").write_text(yaml.safe_dump({"extends": "child.yaml"}))
+    assert parse(None, [str(tmp_path / "grandchild.yaml")]).name == "rule110"
+
+
+# A value that is not the default, for every field that says how to sleep and what to insert.
+SETTINGS: dict[str, Any] = {
+    "n_loops": 3,
+    "window_size": 6,
+    "eviction": "sliding",
+    "loop_range": [1, 3],
+    "checkpoint": "window",
+    "backprop_loops": 2,
+    "backprop_windows": 1,
+    "offload": True,
+    "check_finite": True,
+}
+INSERTED: dict[str, Any] = {
+    "rule": "jet",
+    "num_layers": 2,
+    "layers": [1, 2],
+    "num_heads": 2,
+    "head_dim": 4,
+    "expand_v": 1.5,
+    "conv_size": 3,
+    "dconv_reduction": 4,
+    "norm_eps": 1e-5,
+}
+# What a checkpoint says of itself; the base, which is the model's; and what has another name in recipes.
+NOT_SETTINGS = {"model_type", "sub_configs", "is_composition", "text_config", "tie_word_embeddings", "fast_weights"}
+NOT_SETTINGS |= {"fast_weights_only", "base_model_name_or_path", "base_model_revision", "base_fingerprint"}
+
+
+def test_every_setting_is_a_field_of_every_recipe_and_reaches_the_model(tmp_path: Path) -> None:
+    assert SETTINGS.keys() == SleepConfig.__annotations__.keys() - NOT_SETTINGS
+    assert INSERTED.keys() == FastWeightConfig.__annotations__.keys()
+    values = SETTINGS | {f"fast_weights_{name}": value for name, value in INSERTED.items()}
+    assert SleepArguments.__dataclass_fields__.keys() == {"sleep", *values}
+    model = {"extends": str(FOLDER / "configs" / "rule110_tiny.yaml"), "architecture": {"num_hidden_layers": 4}}
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(model), encoding="utf-8")
+    (tmp_path / "all.yaml").write_text(yaml.safe_dump({"extends": "model.yaml"} | values), encoding="utf-8")
+    words = [str(w) for n, v in values.items() for w in (f"--{n}", *(v if isinstance(v, list) else [v]))]
+    for argv in ([str(tmp_path / "all.yaml")], [str(tmp_path / "model.yaml"), *words]):
+        recipe = parse("rule110", argv)
+        for name, value in values.items():
+            assert getattr(recipe.sleep, name) == value and type(getattr(recipe.sleep, name)) is type(value), name
+        config = build_model(recipe.model, recipe.sleep, 12).config
+        assert {name: getattr(config, name) for name in SETTINGS} == SETTINGS
+        assert config.fast_weights == FastWeightConfig(**INSERTED)
+    # What is left out is not asked for, and a switch may stand alone.
+    assert SleepArguments().settings() == {}
+    assert parse("rule110", [str(tmp_path / "model.yaml"), "--offload", "--n_loops", "2"]).sleep.offload is True
+
+
+def test_every_setting_that_sleepify_takes_is_one(tmp_path: Path) -> None:
+    """What tells whether a field is for users is what the function takes."""
+    assert KEYWORDS - {"fast_weights", "base_model_revision"} == SETTINGS.keys()
+    for name in {"fast_weights_only", "text_config", "base_fingerprint"}:
+        with pytest.raises(ValueError, match=f"unknown on the command line: --{name}"):
+            parse("rule110", [str(FOLDER / "configs" / "rule110_tiny.yaml"), f"--{name}", "1"])
+
+
 # --- runs
 
 
@@ -216,12 +301,12 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Each recipe's two steps, all at the same time, each as a user starts it."""
     folder = tmp_path_factory.mktemp("outputs")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(RECIPES / "accelerate/cpu.yaml")]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FOLDER / "accelerate/cpu.yaml")]
     running = {}
     for name in ("rule110", "depo", "gsm_inf"):
         start = launch if name == "rule110" else [sys.executable]
-        tiny = str(RECIPES / "configs" / f"{name}_tiny.yaml")
-        command = [*start, str(RECIPES / f"{name}.py"), tiny, "--output_dir", str(folder / name), "--seed", "1"]
+        tiny = str(FOLDER / "configs" / f"{name}_tiny.yaml")
+        command = [*start, str(FOLDER / f"{name}.py"), tiny, "--output_dir", str(folder / name), "--seed", "1"]
         running[name] = subprocess.Popen(
             command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -246,23 +331,23 @@ def test_recipe_trains_saves_and_reports(name: str, outputs: Path) -> None:
 def test_evaluate_finds_the_task_again(name: str, outputs: Path, tmp_path: Path) -> None:
     argv = ["--model", str(outputs / name), "--n_loops", "1", "2", "--n_examples", "8", "--device", "cpu"]
     files = ["--output", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png")]
-    results = evaluate_recipe.main([*argv, *files])
+    results = evaluate_checkpoint.run([*argv, *files])
     trained = json.loads((outputs / name / "report.json").read_text(encoding="utf-8"))
     assert results["report"]["scores"] == trained["scores"]
     assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8")) == results
     assert (tmp_path / "out.png").stat().st_size > 0
     with pytest.raises(ValueError, match=r"task_arguments: \w+ has no \['widht'\]"):
-        evaluate_recipe.main([*argv, "--task_arguments", '{"widht": 9}'])
+        evaluate_checkpoint.run([*argv, "--task_arguments", '{"widht": 9}'])
 
 
 def test_evaluate_gives_the_perplexity_of_a_text(outputs: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The number of 5 equals 3 . " * 20, encoding="utf-8")
     with pytest.raises(ValueError, match="give --task or --text_file"):
-        evaluate_recipe.main(["--model", str(save_base(tmp_path / "base"))])
+        evaluate_checkpoint.run(["--model", str(save_base(tmp_path / "base"))])
     argv = ["--model", str(outputs / "gsm_inf"), "--task", "gsm_inf", "--n_examples", "1", "--device", "cpu"]
     extra = ["--tokenizer", "words", "--text_file", str(text), "--context", "40", "--n_loops", "1", "2"]
-    found = evaluate_recipe.main([*argv, *extra])["perplexity"]
+    found = evaluate_checkpoint.run([*argv, *extra])["perplexity"]
     assert found.keys() == {"N = 1", "N = 2"} and all(value > 1 for value in found.values())
 
 
@@ -278,13 +363,19 @@ def save_base(folder: Path, family: str = "qwen3") -> Path:
 def test_a_sleeping_checkpoint_goes_on_with_other_settings(tmp_path: Path) -> None:
     """As the second stage of the sliding recipe does."""
     sleepify(tiny_base("ouro", dtype=torch.float32), n_loops=2, window_size=8).save_pretrained(tmp_path)
-    settings = common.SleepArguments(n_loops=3, window_size=6, eviction="sliding", loop_range=[0, 4], checkpoint="loop")
-    model = common.build_model(common.ModelArguments(model=str(tmp_path)), settings)
+    settings = SleepArguments(n_loops=3, window_size=6, eviction="sliding", loop_range=[0, 4], checkpoint="loop")
+    model = build_model(ModelArguments(model=str(tmp_path)), settings)
     assert isinstance(model, SleepForCausalLM)
     config = model.config
     assert (config.n_loops, config.window_size, config.eviction, config.checkpoint) == (3, 6, "sliding", "loop")
     with pytest.raises(ValueError, match="sleeps already has its layers"):
-        common.build_model(common.ModelArguments(model=str(tmp_path)), common.SleepArguments(fast_weights_num_layers=2))
+        build_model(ModelArguments(model=str(tmp_path)), SleepArguments(fast_weights_num_layers=2))
+
+
+def test_the_revision_of_the_base_is_noted(tmp_path: Path) -> None:
+    """So that inserted weights saved alone find the base that they were trained on."""
+    arguments = ModelArguments(model=str(save_base(tmp_path)), model_revision="v1.2")
+    assert build_model(arguments, SleepArguments()).config.base_model_revision == "v1.2"
 
 
 @pytest.fixture
@@ -293,13 +384,13 @@ def recipe_in_process(tmp_path: Path) -> Iterator[Any]:
 
     def run(**changes: Any) -> Path:
         lines = {
-            "extends": str(RECIPES / "configs" / "rule110_tiny.yaml"),
+            "extends": str(FOLDER / "configs" / "rule110_tiny.yaml"),
             "output_dir": str(tmp_path / "out"),
             **changes,
         }
         config = tmp_path / "changed.yaml"
         config.write_text(yaml.safe_dump(lines), encoding="utf-8")
-        rule110.main([str(config)])
+        recipes.run("rule110", [str(config)])
         return tmp_path / "out"
 
     yield run
@@ -326,7 +417,7 @@ def test_lora_trains_inserted_layers_whole_and_folds_into_a_loadable_model(
         parameter.abs().sum() > 0 for name, parameter in merged.fast_weights.named_parameters() if "o_proj" in name
     )
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    found = evaluate_recipe.main(["--model", str(out / "merged"), "--n_loops", "1", "2", "--n_examples", "8"])
+    found = evaluate_checkpoint.run(["--model", str(out / "merged"), "--n_loops", "1", "2", "--n_examples", "8"])
     assert found["report"]["scores"] == report["scores"]
 
 

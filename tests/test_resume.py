@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from test_training import build, losses, sleeping
+from training_runs import die_within_the_final_save, in_a_fork
 from transformers import TrainerCallback
 
 from sleepify import CheckpointError
@@ -63,6 +66,8 @@ def contents(directory):
 
 def test_a_checkpoint_of_another_run_is_refused_and_untouched(tmp_path):
     checkpoint = saved(tmp_path)
+    (tmp_path / ".checkpoint-3.draft").mkdir()
+    (tmp_path / ".checkpoint-3.draft" / "config.json").write_text("{}")
     before = contents(tmp_path)
     steps = {"save_strategy": "steps", "save_steps": 1}
     for other, message in (
@@ -128,3 +133,44 @@ def test_the_best_checkpoint_is_kept_and_named_by_its_place(tmp_path):
     state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-1")
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-1", "checkpoint-3"]
+
+
+def weights(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("n_examples", "length"),
+    [(None, {"max_steps": 4}), (None, {"max_steps": 3}), (16, {"max_steps": -1, "num_train_epochs": 1})],
+)
+def test_resuming_a_finished_run_trains_no_further(tmp_path, n_examples, length):
+    dataset = TaskDataset(Rule110(width=8, n_strings=2, steps=2), n_examples=n_examples)
+    steps = {"save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 1}
+    build(tmp_path, dataset=dataset, max_steps=4, **steps).train()
+    before = contents(tmp_path)
+    expected = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    for resume in (True, str(tmp_path / "checkpoint-4")):
+        again = build(tmp_path, dataset=dataset, **(steps | length))
+        assert any(not torch.equal(weight, expected[name]) for name, weight in weights(again.model).items())
+        again.train(resume_from_checkpoint=resume)
+        assert again.state.global_step == 4
+        assert all(torch.equal(weight, expected[name]) for name, weight in weights(again.model).items())
+    assert contents(tmp_path) == before
+
+
+def test_drafts_of_dead_saves_go_at_the_next_start_and_nothing_else_does(tmp_path):
+    directory = tmp_path / "run"
+    code = in_a_fork(lambda: die_within_the_final_save(directory))
+    assert code == -9
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert (directory / ".draft").is_dir() and not (directory / "config.json").exists()
+    (directory / ".checkpoint-7.draft" / "checkpoint-7").mkdir(parents=True)
+    (directory / ".checkpoint-7.draft" / "checkpoint-7" / "model.safetensors").write_bytes(b"half")
+    # Of other programs, and a user's own.
+    kept = [".draft/config.json", "run/.checkpoint-best.draft/mine", "run/.cache/mine", "run/mine/.draft/mine"]
+    for name in kept:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    build(directory, max_steps=1).train()
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == set(kept)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
+import peft
 import pytest
 import torch
-from families import tiny_base, tokens, true_float64
+from families import randomise, tiny_base, tokens, true_float64
 from small import trainable as sleeping
 from tolerances import BFLOAT16, DISTRIBUTED, EXACT_GRAD, assert_close
 from transformers import TrainerCallback
 
-from sleepify import FastWeightConfig, sleepify
+from sleepify import CheckpointError, FastWeightConfig, sleepify
 from sleepify.tasks import Rule110
 from sleepify.training import (
     MuonAdamW,
@@ -362,3 +364,107 @@ def test_steps_that_stay_bad_stop_the_run_and_leave_good_weights(tmp_path):
     with pytest.raises(NonFiniteStepsError, match="2 steps in a row.*up to step 5, 3 in all"):
         trainer.train()
     assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+# --- what trains, and how fast
+
+
+def rates(trainer):
+    return [group["lr"] for group in trainer.create_optimizer().param_groups]
+
+
+def test_a_learning_rate_that_is_given_is_used_or_refused(tmp_path):
+    adamw = {"optimizer": "adamw"}
+    assert set(rates(build(tmp_path, **adamw))) == {5e-5}
+    assert set(rates(build(tmp_path, learning_rate=1e-4, **adamw))) == {1e-4}
+    assert set(rates(build(tmp_path, adamw_learning_rate=1e-4, **adamw))) == {1e-4}
+    assert set(rates(build(tmp_path))) == {1e-3, 5e-5}
+    # A copy with one field changed means what the original meant.
+    copy = replace(arguments(tmp_path, learning_rate=1e-4, **adamw), max_steps=9)
+    assert (copy.adamw_learning_rate, copy.optim) == (1e-4, None)
+    for wrong, message in (
+        ({"learning_rate": 1e-4}, "muon_learning_rate and adamw_learning_rate.*learning_rate=0.0001"),
+        ({"learning_rate": 5e-5}, "muon_learning_rate and adamw_learning_rate"),
+        ({"learning_rate": 1e-4, "adamw_learning_rate": 1e-3, **adamw}, "0.0001 and 0.001; leave one out"),
+        ({"learning_rate": -1e-4, **adamw}, "learning_rate to be 0 or more, got -0.0001"),
+        ({"optim": "adamw_torch", **adamw}, "optim to be left out, got 'adamw_torch'.*optimizer="),
+        ({"optim_args": "beta=1"}, "optim_args to be left out"),
+        ({"optim_target_modules": "all-linear"}, "optim_target_modules to be left out"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            arguments(tmp_path, **wrong)
+    changed = arguments(tmp_path).set_optimizer("sgd", learning_rate=0.1)
+    with pytest.raises(ValueError, match="optim to be left out"):
+        SleepTrainer(sleeping(), changed, train_dataset=TaskDataset(TASK), data_collator=SleepCollator(0))
+
+
+def test_another_learning_rate_is_another_run(tmp_path):
+    options = {"optimizer": "adamw", "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    build(tmp_path, learning_rate=1e-4, **options).train()
+    with pytest.raises(CheckpointError, match="adamw_learning_rate: 0.0001 there, 0.0002 here"):
+        build(tmp_path, learning_rate=2e-4, **options).train(resume_from_checkpoint=True)
+
+
+def count(named):
+    return sum(p.numel() for _, p in named)
+
+
+def test_the_log_says_what_trains_and_what_does_not(tmp_path, capsys):
+    model = sleeping()
+    inserted, base = count(model.fast_weights.named_parameters()), count(model.language_model.named_parameters())
+    trainer = build(tmp_path, model, train_only="fast_weights")
+    muon, adamw = (count(part) for part in split_parameters(model))
+    assert muon + adamw == inserted
+    trainer.create_optimizer()
+    shown = capsys.readouterr().out
+    for line in (
+        f"base: 0 of {base:,} parameters train",
+        f"inserted: {inserted:,} of {inserted:,} parameters train",
+        f"Muon: {muon:,} parameters in ",
+        f"AdamW: {adamw:,} parameters in ",
+        f"frozen: {base:,} parameters in ",
+    ):
+        assert line in shown
+    build(tmp_path, model, train_only="all").create_optimizer()
+    shown = capsys.readouterr().out
+    assert f"base: {base:,} of {base:,} parameters train" in shown and "frozen: 0 parameters in 0 tensors" in shown
+
+
+def test_inserted_layers_that_can_never_do_anything_are_warned_of(tmp_path, caplog):
+    def warnings(model):
+        caplog.clear()
+        build(tmp_path, model)
+        return [record.message for record in caplog.records if "output projection is zero" in record.message]
+
+    def fresh():
+        return sleepify(tiny_base("qwen3", torch.float32), window_size=8, fast_weights=FastWeightConfig(layers=[0, 1]))
+
+    assert not warnings(fresh())
+    frozen = fresh()
+    frozen.fast_weights.requires_grad_(False)
+    (warning,) = warnings(frozen)
+    assert "(fast_weights.0, fast_weights.1)" in warning
+    # peft freezes all that it is not told of.
+    lora = {"r": 2, "target_modules": ["q_proj"]}
+    (warning,) = warnings(peft.get_peft_model(fresh(), peft.LoraConfig(**lora, modules_to_save=["fast_weights.1"])))
+    assert "(base_model.model.fast_weights.0)" in warning
+    saved = ["fast_weights.0", "fast_weights.1"]
+    whole = peft.get_peft_model(fresh(), peft.LoraConfig(**lora, modules_to_save=saved))
+    assert not warnings(whole)
+    adapted = peft.get_peft_model(fresh(), peft.LoraConfig(r=2, target_modules=["q_proj", "o_proj"]))
+    assert not warnings(adapted)
+    randomise(frozen.fast_weights)
+    assert not warnings(frozen)
+
+
+def test_adapters_are_counted_apart_and_what_peft_keeps_of_the_original_is_not(tmp_path, capsys):
+    model = sleeping()
+    inserted, base = count(model.fast_weights.named_parameters()), count(model.language_model.named_parameters())
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["fast_weights.0"])
+    wrapped = peft.get_peft_model(model, config)
+    adapters = count((name, p) for name, p in wrapped.named_parameters() if "lora_" in name)
+    build(tmp_path, wrapped).create_optimizer()
+    shown = capsys.readouterr().out
+    assert f"base: 0 of {base:,} parameters train" in shown
+    assert f"inserted: {inserted:,} of {inserted:,} parameters train" in shown
+    assert f"adapters: {adapters:,} of {adapters:,} parameters train" in shown

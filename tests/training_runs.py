@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from families import tiny_base
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from sleepify import sleepify
 from sleepify.tasks import Rule110
@@ -112,6 +112,20 @@ def die_within_a_save(directory: Path, step: int) -> None:
 
     Path.rename = killed  # type: ignore[method-assign]
     trainer.train()
+
+
+def die_within_the_final_save(directory: Path) -> None:
+    """Train a step, and die when the model's files are written but not yet where they belong."""
+    trainer = build_trainer(directory, max_steps=1, save_strategy="no")
+    trainer.train()
+    write = PreTrainedModel.save_pretrained
+
+    def killed(*args: Any, **kwargs: Any) -> None:
+        write(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    PreTrainedModel.save_pretrained = killed
+    trainer.save_model()
 
 
 def main() -> None:

@@ -8,25 +8,39 @@ from transformers import TrainingArguments
 
 OPTIMIZERS = ("muon", "adamw")
 TRAINED = ("all", "fast_weights")
+ADAMW_LEARNING_RATE = 5e-5
 
 
 @dataclass
 class SleepTrainingArguments(TrainingArguments):
-    """Arguments of `SleepTrainer`. ``learning_rate`` and ``optim`` of transformers are not used.
+    """Arguments of `SleepTrainer`.
+
+    Two fields of transformers mean something else here, and nothing that is given is ignored. ``learning_rate`` is
+    AdamW's with ``optimizer="adamw"`` (the same as ``adamw_learning_rate``), and refused with ``"muon"``, which has two
+    rates of different size. ``optim``, ``optim_args`` and ``optim_target_modules`` are refused: ``optimizer`` chooses.
 
     Raises:
         ValueError: for a value that training cannot work with, naming the field.
     """
+
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "With optimizer=adamw the same as adamw_learning_rate; with muon give both rates instead."},
+    )
+    optim: str | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Not taken: 'optimizer' chooses between Muon with AdamW and AdamW alone."}
+    )
 
     optimizer: str = field(
         default="muon",
         metadata={"help": "'muon': Muon for hidden matrices and AdamW for the rest; 'adamw': AdamW for all."},
     )
     muon_learning_rate: float = field(
-        default=1e-3, metadata={"help": "Learning rate of hidden matrices (the paper: 1e-3, from scratch 2e-3)."}
+        default=1e-3, metadata={"help": "Muon's, of hidden matrices (the paper: 1e-3, from scratch 2e-3)."}
     )
     adamw_learning_rate: float = field(
-        default=5e-5, metadata={"help": "Learning rate of embeddings, head, norms, biases and gates."}
+        default=ADAMW_LEARNING_RATE,
+        metadata={"help": "AdamW's: of embeddings, head, norms, biases and gates; of all with optimizer=adamw."},
     )
     muon_momentum: float = field(default=0.95, metadata={"help": "Momentum of Muon (Nesterov)."})
     loops_schedule: list[int] | None = field(
@@ -53,9 +67,13 @@ class SleepTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"expected optimizer to be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
+        self.settle_optimizer()
+        # transformers' own must be a name that it knows while it looks; afterwards None again, as it was given.
+        self.optim = TrainingArguments.default_optim
+        super().__post_init__()
+        self.optim = None
         if self.train_only is not None and self.train_only not in TRAINED:
             raise ValueError(f"expected train_only to be one of {', '.join(TRAINED)}, got {self.train_only!r}")
         for name in ("muon_learning_rate", "adamw_learning_rate"):
@@ -83,3 +101,31 @@ class SleepTrainingArguments(TrainingArguments):
                 "expected enable_jit_checkpoint=False, got True: SleepTrainer saves on SIGTERM itself, on all ranks in "
                 "the same step; drop the option"
             )
+
+    def settle_optimizer(self) -> None:
+        """Make of transformers' ``learning_rate`` what it means here, and refuse what would be ignored.
+
+        Called again when training begins, since ``set_optimizer`` and the like change arguments that exist.
+
+        Raises:
+            ValueError: for a rate that would say nothing, or two things; for another optimiser.
+        """
+        for name in ("optim", "optim_args", "optim_target_modules"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"expected {name} to be left out, got {getattr(self, name)!r}: SleepTrainer brings its own "
+                    "optimisers; choose with optimizer='muon' or 'adamw'"
+                )
+        if self.learning_rate is None:
+            return
+        if self.optimizer == "muon":
+            raise ValueError(
+                f"expected muon_learning_rate and adamw_learning_rate with optimizer='muon', got learning_rate="
+                f"{self.learning_rate}: one rate does not fit both; give the two, or optimizer='adamw'"
+            )
+        if self.adamw_learning_rate not in (ADAMW_LEARNING_RATE, self.learning_rate):
+            raise ValueError(
+                f"expected learning_rate or adamw_learning_rate, which are the same with optimizer='adamw', got "
+                f"{self.learning_rate} and {self.adamw_learning_rate}; leave one out"
+            )
+        self.adamw_learning_rate = self.learning_rate

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sleepify.fast_weights.layer import FastWeightLayer
+
 if TYPE_CHECKING:
     from sleepify.training.arguments import SleepTrainingArguments
 
@@ -23,6 +25,9 @@ GATES = frozenset(
     {"a_proj", "b_proj", "in_proj_a", "in_proj_b", "in_proj_ba", "dt_proj", "x_proj"}
     | {"gate", "router", "shared_expert_gate", "early_exit_gate"}
 )
+
+# Where peft keeps the frozen original of a module that it trains as a whole.
+PEFT_COPY = "original_module"
 
 
 def split_parameters(model: nn.Module) -> tuple[NamedParameters, NamedParameters]:
@@ -57,7 +62,7 @@ def split_parameters(model: nn.Module) -> tuple[NamedParameters, NamedParameters
 
 
 def parameter_groups(model: nn.Module, args: SleepTrainingArguments) -> list[dict[str, Any]]:
-    """Groups for an optimiser, each with its ``algorithm``, ``lr`` and ``weight_decay``; prints the split."""
+    """Groups for an optimiser, each with its ``algorithm``, ``lr`` and ``weight_decay``; prints what trains."""
     if args.optimizer == "muon":
         muon, adamw = split_parameters(model)
     else:
@@ -65,7 +70,7 @@ def parameter_groups(model: nn.Module, args: SleepTrainingArguments) -> list[dic
         if not adamw:
             raise ValueError("expected parameters to train, found none that requires a gradient")
     if args.process_index == 0:
-        print(describe_split(muon, adamw))
+        print(describe_training(model, muon, adamw))
     decayed = [p for _, p in adamw if len(_shape(p)) >= 2 and not getattr(p, "_no_weight_decay", False)]
     apart = {id(p) for p in decayed}
     groups = [
@@ -80,18 +85,46 @@ def parameter_groups(model: nn.Module, args: SleepTrainingArguments) -> list[dic
     ]
 
 
-def describe_split(muon: NamedParameters, adamw: NamedParameters) -> str:
-    """For the log: how many parameters each algorithm has, and which kinds."""
+def describe_training(model: nn.Module, muon: NamedParameters, adamw: NamedParameters) -> str:
+    """For the log: what trains and what does not, in the base, in what is inserted and in adapters; and by whom."""
     lines = []
-    for algorithm, parameters in (("Muon", muon), ("AdamW", adamw)):
-        kinds = sorted({".".join(name.split(".")[-2:]) for name, _ in parameters})
-        count = sum(_shape(parameter).numel() for _, parameter in parameters)
-        lines.append(f"{algorithm}: {count:,} parameters in {len(parameters)} tensors ({', '.join(kinds) or 'none'})")
+    parameters = [(name, p) for name, p in model.named_parameters() if PEFT_COPY not in name]
+    trained = {id(p) for _, p in muon + adamw}
+    for part in dict.fromkeys(_part(name) for name, _ in parameters):
+        mine = [p for name, p in parameters if _part(name) == part]
+        lines.append(f"{part}: {_count([p for p in mine if id(p) in trained]):,} of {_count(mine):,} parameters train")
+    frozen = [(name, p) for name, p in parameters if id(p) not in trained]
+    for holder, named in (("Muon", muon), ("AdamW", adamw), ("frozen", frozen)):
+        kinds = sorted({".".join(name.split(".")[-2:]) for name, _ in named})
+        count = _count([p for _, p in named])
+        lines.append(f"{holder}: {count:,} parameters in {len(named)} tensors ({', '.join(kinds) or 'none'})")
     return "; ".join(lines)
 
 
+def idle_layers(model: nn.Module) -> list[str]:
+    """Names of inserted layers that add nothing and never will: their output projection is zero, and frozen."""
+    idle = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, FastWeightLayer) and PEFT_COPY not in name:
+            weight = layer.o_proj.weight
+            # On the meta device, or partitioned by ZeRO-3, there are no values to look at.
+            is_seen = weight.device.type != "meta" and weight.numel() > 0
+            is_trained = any(parameter.requires_grad for parameter in layer.o_proj.parameters())
+            if is_seen and not is_trained and not weight.any():
+                idle.append(name)
+    return idle
+
+
+def _part(name: str) -> str:
+    return "adapters" if "lora_" in name else "inserted" if "fast_weights." in name else "base"
+
+
+def _count(parameters: list[nn.Parameter]) -> int:
+    return sum(_shape(parameter).numel() for parameter in parameters)
+
+
 def build_optimizer(model: nn.Module, args: SleepTrainingArguments) -> MuonAdamW:
-    """The optimiser of a run. Prints the split.
+    """The optimiser of a run. Prints what trains and what does not.
 
     Raises:
         ValueError: if nothing is trainable or nothing is left for Muon.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +15,11 @@ from torch import nn
 
 from sleepify.errors import CheckpointError
 from sleepify.files import discard, draft_of
+from sleepify.manifest import finish_save
 from sleepify.training.arguments import SleepTrainingArguments
 
+MERGED = "merged"
+"""Folder of a model with its adapters merged, in a run's folder."""
 MANIFEST = "sleep_run.json"
 _SETTINGS = ("optimizer", "muon_learning_rate", "adamw_learning_rate", "muon_momentum", "weight_decay", "seed")
 _SLEEP = ("window_size", "eviction", "loop_range", "n_loops", "backprop_loops", "backprop_windows")
@@ -77,7 +81,7 @@ def write_manifest(checkpoint: Path, run: dict[str, Any], progress: dict[str, An
 def whole_or_not_at_all(final: Path, is_writer: bool, wait_for_all: Callable[[], None]) -> Iterator[Path]:
     """A folder to write ``final.name`` in, which takes its place when all ranks are done.
 
-    A kill leaves a hidden draft that the next save removes; an error removes it at once. What was there stays there.
+    A kill leaves a hidden draft for `remove_drafts`; an error removes it at once. What was there stays there.
 
     Raises:
         CheckpointError: if the files could not be written (a full disk, a quota).
@@ -102,3 +106,15 @@ def whole_or_not_at_all(final: Path, is_writer: bool, wait_for_all: Callable[[],
         (draft / final.name).rename(final)
         discard(draft)
     wait_for_all()
+
+
+def remove_drafts(directory: Path) -> None:
+    """Remove what saves that were killed have left in a run's folder, or finish them where all was written.
+
+    Only folders of exactly such a name. A folder is one run's, so that nobody else is saving to it.
+    """
+    for draft in directory.glob(".checkpoint-*.draft"):
+        if re.fullmatch(r"\.checkpoint-\d+\.draft", draft.name) and draft.is_dir() and not draft.is_symlink():
+            discard(draft)
+    for folder in (directory, directory / MERGED):
+        finish_save(folder)

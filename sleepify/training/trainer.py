@@ -35,9 +35,9 @@ from sleepify.modeling import SleepForCausalLM
 from sleepify.schedule import Sleep
 from sleepify.training.arguments import SleepTrainingArguments
 from sleepify.training.data import SleepCollator, TaskDataset
-from sleepify.training.optim import build_deepspeed_optimizer, build_optimizer
+from sleepify.training.optim import build_deepspeed_optimizer, build_optimizer, idle_layers
 from sleepify.training.rounds import equalise
-from sleepify.training.runs import describe_run, read_manifest, whole_or_not_at_all, write_manifest
+from sleepify.training.runs import describe_run, read_manifest, remove_drafts, whole_or_not_at_all, write_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,7 @@ class SleepTrainer(Trainer):
     def __init__(self, model: PreTrainedModel, args: SleepTrainingArguments, **kwargs: Any) -> None:
         if not isinstance(args, SleepTrainingArguments):
             raise TypeError(f"expected args to be SleepTrainingArguments, got {type(args).__name__}")
+        args.settle_optimizer()
         if kwargs.get("data_collator") is None:
             pad_id = getattr(kwargs.get("processing_class"), "pad_token_id", None)
             if pad_id is None:
@@ -85,6 +86,13 @@ class SleepTrainer(Trainer):
                     "set requires_grad as you need it"
                 )
             model.freeze_base(args.train_only == "fast_weights")
+        if args.process_index == 0 and (idle := idle_layers(model)):
+            logger.warning(
+                "inserted layers are frozen while their output projection is zero, so that nothing that sleeps can "
+                "change what the model says (%s): let them train (requires_grad_, peft's modules_to_save), or load "
+                "weights for them",
+                ", ".join(idle),
+            )
         self._draft_directory: Path | None = None
         super().__init__(model, args, **kwargs)
         self._check_sharding()
@@ -247,6 +255,8 @@ class SleepTrainer(Trainer):
         elif last is not None and self.args.save_strategy != "no":
             # Otherwise this run would write over the other's checkpoints.
             read_manifest(Path(last), self._run)
+        if self.args.should_save:
+            remove_drafts(Path(directory))
         with self._listen_to_sigterm():
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self._stop_agreed:
@@ -279,6 +289,13 @@ class SleepTrainer(Trainer):
             yield
         finally:
             signal.signal(signal.SIGTERM, before)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """The Trainer's, which makes a step before it asks whether there is one left to make."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Called after every step, when logs and checkpoints are due."""

@@ -1,0 +1,136 @@
+"""Which model a recipe trains: a base or a sleeping checkpoint by name, or random weights; with LoRA if asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from sleepify.config import SleepConfig
+from sleepify.defaults import resolve
+from sleepify.retrofit import sleepify
+from sleepify.tasks.gsm_infinite import PETS, THEMES, WordTokenizer
+from sleepify.training.settings import json_object
+from sleepify.training.sleep_arguments import SleepArguments
+
+
+@dataclass
+class ModelArguments:
+    """Which model; exactly one of ``model`` and ``architecture``."""
+
+    model: str | None = field(
+        default=None, metadata={"help": "Name or path of a base model, or of a sleeping one to go on with."}
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
+    model_config: dict | str | None = field(
+        default=None, metadata={"help": "Fields of the model's own configuration to change, as JSON."}
+    )
+    architecture: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "A model with random weights instead: a configuration of transformers as JSON, with its "
+            "model_type, or the name of a model whose configuration to take. The task fills in vocab_size."
+        },
+    )
+    embedding_std: float | None = field(
+        default=None, metadata={"help": "Of a new architecture's embeddings at the start; by default the family's."}
+    )
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Name or path, by default the model's; 'words' for one made on the spot."}
+    )
+    dtype: str = field(default="float32", metadata={"help": "Of the weights: float32 or bfloat16."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "eager, sdpa, flash_attention_2 or flex_attention; by default the base's."}
+    )
+    lora_r: int = field(
+        default=0, metadata={"help": "Rank of LoRA on a frozen base, trained together with what is inserted; 0: none."}
+    )
+    lora_alpha: float = field(default=32.0, metadata={"help": "Scale of LoRA, over its rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before LoRA."})
+    lora_targets: list[str] | None = field(
+        default=None, metadata={"help": "Names of the base's linear layers to adapt; by default all but its head."}
+    )
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.architecture is None):
+            raise ValueError(f"expected either model or architecture, got {self.model!r} and {self.architecture!r}")
+        self.model_config = json_object("model_config", self.model_config)
+        if self.model_config and self.architecture is not None:
+            raise ValueError("model_config changes a pretrained model's configuration; write it into architecture")
+        if isinstance(self.architecture, str) and self.architecture.lstrip().startswith("{"):
+            self.architecture = json_object("architecture", self.architecture)
+
+
+def build_model(arguments: ModelArguments, sleep: SleepArguments, vocab_size: int | None = None) -> PreTrainedModel:
+    """The model to train: loaded or from random weights, sleeping unless told not to, with LoRA if asked for."""
+    settings = sleep.settings()
+    options = {"dtype": getattr(torch, arguments.dtype)}
+    if arguments.attn_implementation is not None:
+        options["attn_implementation"] = arguments.attn_implementation
+    if arguments.architecture is not None:
+        model = AutoModelForCausalLM.from_config(_architecture(arguments.architecture, vocab_size), **options)
+        if arguments.embedding_std is not None:
+            torch.nn.init.normal_(model.get_input_embeddings().weight, std=arguments.embedding_std)
+    else:
+        name, revision = str(arguments.model), arguments.model_revision
+        changes: Any = arguments.model_config or {}
+        config = AutoConfig.from_pretrained(name, revision=revision, **changes)
+        if isinstance(config, SleepConfig):
+            config, settings = _change(config, settings), {}
+        model = AutoModelForCausalLM.from_pretrained(name, config=config, revision=revision, **options)
+    if sleep.sleep and not isinstance(model.config, SleepConfig):
+        model = sleepify(model, base_model_revision=arguments.model_revision, **settings)
+    return add_lora(model, arguments) if arguments.lora_r else model
+
+
+def _architecture(architecture: dict | str, vocab_size: int | None) -> Any:
+    if isinstance(architecture, str):
+        return AutoConfig.from_pretrained(architecture)
+    values = dict(architecture)
+    if "model_type" not in values:
+        raise ValueError(f"architecture: expected a model_type among its fields, got {sorted(values)}")
+    if vocab_size is not None:
+        values.setdefault("vocab_size", vocab_size)
+    return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+def _change(config: SleepConfig, settings: dict[str, Any]) -> SleepConfig:
+    """A sleeping checkpoint's configuration with other settings; its layers stay."""
+    if fixed := sorted(settings.keys() & {"fast_weights"}):
+        raise ValueError(f"a model that sleeps already has its layers; leave out {fixed}")
+    for name, value in settings.items():
+        setattr(config, name, value)
+    config.validate_sleep()
+    return resolve(config)
+
+
+def add_lora(model: PreTrainedModel, arguments: ModelArguments) -> Any:
+    """LoRA on the base, frozen; inserted layers are trained whole and saved beside the adapters."""
+    import peft
+
+    inserted = [f"fast_weights.{place}" for place in range(len(getattr(model, "fast_weights", [])))]
+    config = peft.LoraConfig(
+        r=arguments.lora_r,
+        lora_alpha=arguments.lora_alpha,  # type: ignore[arg-type]  # only divided by r
+        lora_dropout=arguments.lora_dropout,
+        target_modules=arguments.lora_targets or "all-linear",
+        exclude_modules=r"fast_weights\..*",
+        modules_to_save=inserted or None,
+    )
+    # Without a task type peft hands all arguments through, n_loops among them.
+    return peft.get_peft_model(model, config)
+
+
+def load_tokenizer(arguments: ModelArguments) -> Any:
+    """The tokenizer, or None for a model from random weights that was given none."""
+    name = arguments.tokenizer or arguments.model
+    if name == "words":
+        return WordTokenizer([*THEMES, PETS])
+    return None if name is None else AutoTokenizer.from_pretrained(name, revision=arguments.model_revision)
+
+
+def pad_token(tokenizer: Any) -> int:
+    """What to pad with: attention never sees it, so any token will do."""
+    return next((i for name in ("pad", "eos") if (i := getattr(tokenizer, f"{name}_token_id", None)) is not None), 0)

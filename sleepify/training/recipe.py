@@ -1,0 +1,177 @@
+"""Recipes: a run from a YAML file to the report. Each trains a model on one task, saves it and tests it by difficulty.
+
+A recipe is started with a YAML file, and every field of it, or any other, can be changed on the command line:
+
+    accelerate launch recipes/rule110.py recipes/configs/rule110_t32.yaml --n_loops 2
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from sleepify.files import written_beside
+from sleepify.training.arguments import SleepTrainingArguments
+from sleepify.training.data import SleepCollator, TaskDataset
+from sleepify.training.evaluate import Report, evaluate, plot
+from sleepify.training.model_arguments import ModelArguments, build_model, load_tokenizer, pad_token
+from sleepify.training.runs import MERGED, remove_drafts
+from sleepify.training.settings import parse_dataclasses, peek, suggest
+from sleepify.training.sleep_arguments import SleepArguments
+from sleepify.training.task_arguments import RECIPES, TaskArguments
+from sleepify.training.trainer import SleepTrainer
+
+REPORT = "report.json"
+TASK = "task.json"
+
+
+@dataclass
+class RecipeArguments:
+    """Which recipe it is."""
+
+    recipe: str | None = field(
+        default=None, metadata={"help": f"Its name: {', '.join(RECIPES)}. A file says it, or is for the script's own."}
+    )
+
+
+@dataclass
+class TestArguments:
+    """The test after training."""
+
+    test_examples: int = field(default=1600, metadata={"help": "Held-out rows to test on (the paper: 1,600)."})
+    test_n_loops: list[int] | None = field(default=None, metadata={"help": "Numbers of loops to test; default: N."})
+    test_window_sizes: list[int] | None = field(default=None, metadata={"help": "Windows to test; default: L."})
+
+
+@dataclass
+class Recipe:
+    """A parsed command line: the recipe's name, its task's own arguments, and those of every recipe."""
+
+    name: str
+    task: TaskArguments
+    model: ModelArguments
+    sleep: SleepArguments
+    test: TestArguments
+    training: SleepTrainingArguments
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run returns to a caller in the same process.
+
+    Args:
+        report: of the test.
+        train_steps: optimiser steps of the run, those before a resume too.
+        train_seconds: wall time of the training in this process.
+        cpu_seconds: processor time of it; on a busy machine the better measure of work on the CPU.
+    """
+
+    report: Report
+    train_steps: int
+    train_seconds: float
+    cpu_seconds: float
+
+
+def parse(name: str | None = None, argv: Sequence[str] | None = None, description: str | None = None) -> Recipe:
+    """Command line to arguments.
+
+    Args:
+        name: of the recipe, which the file may name too; None to go by the file.
+        argv: without the program's name; None for that of the process.
+        description: for ``--help``.
+
+    Raises:
+        ValueError: for a recipe or a field that does not exist, or a file of another recipe.
+    """
+    name = _name(name, argv)
+    kinds = [RECIPES[name], ModelArguments, SleepArguments, TestArguments, SleepTrainingArguments]
+    *parsed, _ = parse_dataclasses([*kinds, RecipeArguments], argv, description)
+    return Recipe(name, *parsed)
+
+
+def _name(expected: str | None, argv: Sequence[str] | None) -> str:
+    """The recipe to run: the one that the file or the command line names, which must be the expected one."""
+    named, where = peek("recipe", argv)
+    name = expected if named is None else named
+    if name is None:
+        raise ValueError(
+            f"expected a recipe, got none: write `recipe: NAME` into the YAML file, of {', '.join(RECIPES)}"
+        )
+    if not isinstance(name, str) or name not in RECIPES:
+        hint = suggest(str(name), RECIPES)
+        raise ValueError(f"expected recipe to be one of {', '.join(RECIPES)}, got {name!r}{hint} ({where})")
+    if expected not in (None, name):
+        raise ValueError(
+            f"expected a file for the recipe {expected}, got `recipe: {name}` ({where}); it is for recipes/{name}.py"
+        )
+    return name
+
+
+def run(name: str | None = None, argv: Sequence[str] | None = None, description: str | None = None) -> Result:
+    """A whole recipe: build the model, train, save, test by difficulty; the report goes beside the checkpoint.
+
+    Args:
+        name: as in `parse`.
+        argv: the command line without the program's name; None for that of the process.
+        description: for ``--help``.
+
+    Raises:
+        ValueError: as `parse`, and for a model or a task that cannot be.
+    """
+    recipe = parse(name, argv, description)
+    training = recipe.training
+    output = Path(str(training.output_dir))
+    set_seed(training.seed)
+    tokenizer = load_tokenizer(recipe.model)
+    task, test_task = (recipe.task.build(test, tokenizer) for test in (False, True))
+    pad_id = pad_token(tokenizer)
+    model: Any = build_model(recipe.model, recipe.sleep, getattr(task, "vocab_size", None) or len(tokenizer))
+    trainer = SleepTrainer(
+        model=model,
+        args=training,
+        train_dataset=TaskDataset(task),
+        data_collator=SleepCollator(pad_id),
+        processing_class=tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None,
+    )
+    if trainer.is_world_process_zero():
+        remove_drafts(output / MERGED)
+    started, cpu_started = time.perf_counter(), time.process_time()
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    trainer.save_model()
+    report = evaluate(
+        trainer.model_wrapped,
+        test_task,
+        n_examples=recipe.test.test_examples,
+        n_loops=recipe.test.test_n_loops,
+        window_sizes=recipe.test.test_window_sizes,
+        batch_size=training.per_device_eval_batch_size,
+        pad_id=pad_id,
+    )
+    if trainer.is_world_process_zero():
+        write_report(report, output / REPORT)
+        described = {"recipe": recipe.name, "task": asdict(recipe.task), "tokenizer": recipe.model.tokenizer}
+        folders = [output]
+        if recipe.model.lora_r:
+            # The adapters are saved already; a model with them folded in is one that anything can load.
+            model.merge_and_unload().save_pretrained(output / MERGED)
+            folders.append(output / MERGED)
+        for folder in folders:
+            with written_beside(folder / TASK) as draft:
+                draft.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    return Result(report, trainer.state.global_step, seconds, cpu_seconds)
+
+
+def write_report(report: Report, path: Path) -> None:
+    """The JSON, a plot of the same name, and the table on the screen."""
+    with written_beside(path) as draft:
+        draft.write_text(report.to_json() + "\n", encoding="utf-8")
+    with written_beside(path.with_suffix(".png")) as draft:
+        plot(report, draft)
+    print(report.table())

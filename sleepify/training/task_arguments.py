@@ -1,0 +1,133 @@
+"""What each recipe's task takes from a file or a command line; `RECIPES` finds it by the recipe's name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
+
+from sleepify.tasks import Depo, Rule110
+from sleepify.tasks.gsm_infinite import PETS, THEMES, GsmInfinite, read_rows, read_vocabulary
+from sleepify.training.data import Task
+
+
+class TaskArguments(Protocol):
+    """What a recipe's own dataclass gives: its task, from its fields."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def build(self, test: bool = False, tokenizer: Any = None) -> Task:
+        """The task to train on, or to test on where that differs."""
+
+
+@dataclass
+class Rule110Arguments:
+    """The task; see `sleepify.tasks.Rule110`."""
+
+    task_seed: int = field(default=0, metadata={"help": "Another seed, other rows."})
+    width: int = field(default=24, metadata={"help": "Cells in a string, which is the window of the paper."})
+    n_strings: int = field(default=4, metadata={"help": "Strings in a row."})
+    steps: list[int] = field(default_factory=lambda: [32], metadata={"help": "t; several with form=queries."})
+    form: Literal["paper", "queries"] = field(
+        default="paper", metadata={"help": "paper, or queries: each t asked after a token 't'."}
+    )
+
+    def build(self, test: bool = False, tokenizer: Any = None) -> Rule110:
+        """The task, the same for the test."""
+        steps = self.steps[0] if self.form == "paper" and len(self.steps) == 1 else self.steps
+        return Rule110(seed=self.task_seed, width=self.width, n_strings=self.n_strings, steps=steps, form=self.form)
+
+
+@dataclass
+class DepoArguments:
+    """The task; see `sleepify.tasks.Depo`."""
+
+    task_seed: int = field(default=0, metadata={"help": "Another seed, other rows."})
+    n_nodes: int = field(default=75, metadata={"help": "Nodes of the largest cycle, and of every one in the test."})
+    n_queries: int = field(default=10, metadata={"help": "Queries in a row."})
+    max_hops: int = field(default=16, metadata={"help": "The largest k; trained on 1 to this, tested on powers of 2."})
+    names: Literal["single", "words"] = field(
+        default="single", metadata={"help": "single: a token a node; words: several."}
+    )
+    arrows: bool = field(default=True, metadata={"help": "Write edges as x -> y , instead of x y."})
+
+    def build(self, test: bool = False, tokenizer: Any = None) -> Depo:
+        """The task; the test has full cycles and powers of two."""
+        return Depo(
+            seed=self.task_seed,
+            n_nodes=self.n_nodes,
+            n_queries=self.n_queries,
+            max_hops=self.max_hops,
+            mode="qa" if test else "train",
+            names=self.names,
+            arrows=self.arrows,
+        )
+
+
+@dataclass
+class GsmInfiniteArguments:
+    """The task; see `sleepify.tasks.gsm_infinite.GsmInfinite`."""
+
+    task_seed: int = field(default=0, metadata={"help": "Another seed, other problems."})
+    operations: list[int] = field(
+        default_factory=lambda: list(range(1, 9)), metadata={"help": "Operation counts, drawn uniformly."}
+    )
+    depth: list[int] = field(
+        default_factory=lambda: [2, 3], metadata={"help": "2: counts and totals; 3: averages too; or both."}
+    )
+    modes: list[str] = field(
+        default_factory=lambda: ["forward", "reverse"], metadata={"help": "forward, reverse or both."}
+    )
+    themes: list[str] | None = field(default=None, metadata={"help": "Names of themes; by default all."})
+    target_tokens: list[int] | None = field(
+        default=None, metadata={"help": "Shortest and longest row in tokens, filled up with distractors."}
+    )
+    max_tokens: int | None = field(default=None, metadata={"help": "Draw again where a row would be longer."})
+    question_first: bool = field(default=True, metadata={"help": "The question before the text."})
+    chain_of_thought: bool = field(default=False, metadata={"help": "Train on the worked solution."})
+    size: list[int] = field(default_factory=lambda: [5, 5], metadata={"help": "Most places and things of a problem."})
+    vocabulary: str | None = field(
+        default=None,
+        metadata={"help": "Names to write with: 'pets' for few, or published rows (a file, or a name on the Hub)."},
+    )
+
+    def build(self, test: bool = False, tokenizer: Any = None) -> GsmInfinite:
+        """The task, the same for the test.
+
+        Raises:
+            ValueError: without a tokenizer.
+        """
+        if tokenizer is None:
+            raise ValueError("expected a tokenizer, got none; give --tokenizer a name, or 'words' for a small model")
+        if self.target_tokens is not None and len(self.target_tokens) != 2:
+            raise ValueError(f"expected target_tokens as lowest and highest, got {self.target_tokens}")
+        # A command line has lists of words and numbers; the task looks at what is in them.
+        modes: Any = self.modes
+        size: Any = tuple(self.size)
+        tokens: Any = None if self.target_tokens is None else tuple(self.target_tokens)
+        return GsmInfinite(
+            seed=self.task_seed,
+            operations=self.operations,
+            depth=self.depth,
+            modes=modes,
+            themes=self.themes,
+            target_tokens=tokens,
+            question_first=self.question_first,
+            chain_of_thought=self.chain_of_thought,
+            vocabulary=self._vocabulary(),
+            max_tokens=self.max_tokens,
+            tokenizer=tokenizer,
+            size=size,
+        )
+
+    def _vocabulary(self) -> Sequence[Any]:
+        if self.vocabulary is None:
+            return THEMES
+        return [PETS] if self.vocabulary == "pets" else read_vocabulary(read_rows(self.vocabulary))
+
+
+RECIPES: dict[str, type[TaskArguments]] = {
+    "rule110": Rule110Arguments,
+    "depo": DepoArguments,
+    "gsm_inf": GsmInfiniteArguments,
+}

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import sleepify.tasks.depo
-from sleepify.tasks import IGNORE, Depo, Rule110, score
+from sleepify.tasks import IGNORE, Depo, Hops, Rule110, score
 from sleepify.tasks.depo import PAD
 from sleepify.tasks.split import in_split
 
@@ -285,13 +285,13 @@ def test_the_docstring_and_the_page_tell_the_truth() -> None:
     failed, tried = doctest.testmod(sleepify.tasks.depo)
     assert tried and not failed
     page = (ROOT / "docs/tasks.md").read_text()
-    for section in ("Rule 110", "Depo", "GSM-Infinite"):
-        (text,) = re.findall(rf"^## {section}\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
+    for section in ("Tasks", "Rule 110", "Depo", "Hops", "GSM-Infinite"):
+        (text,) = re.findall(rf"^##? {section}\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
         blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
         assert blocks
         names: dict[str, Any] = {}
         for block in blocks:
             exec(block, names)
-    for task in (Depo, Rule110):
+    for task in (Depo, Hops, Rule110):
         for argument in task.__dataclass_fields__:
             assert f"`{argument}`" in page

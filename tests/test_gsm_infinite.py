@@ -201,12 +201,33 @@ def assert_near_published(n: int, band: float, mean_band: float) -> None:
 
 def test_shares_are_near_the_published_ones() -> None:
     # A sample of 50 from the very same shares lies about 0.06 off by chance.
-    assert_near_published(50, band=0.36, mean_band=0.13)
+    assert_near_published(50, band=0.30, mean_band=0.12)
 
 
 @pytest.mark.slow
 def test_shares_are_near_the_published_ones_in_a_large_sample() -> None:
-    assert_near_published(600, band=0.27, mean_band=0.09)
+    assert_near_published(600, band=0.20, mean_band=0.07)
+
+
+@pytest.mark.parametrize(
+    ("depth", "operations", "arithmetic", "kind", "share"),
+    [
+        (2, 6, 2.10, "total", 0.75),
+        (3, 3, 0.91, "average", 0.81),
+        (3, 6, 2.08, "total", 0.53),
+        (3, 8, 2.98, "total", 0.38),
+    ],
+)
+def test_means_are_near_the_published_ones(
+    depth: int, operations: int, arithmetic: float, kind: str, share: float
+) -> None:
+    task = GsmInfinite(seed=8, operations=[operations], depth=depth, modes=["forward"])
+    problems = [task.problem(index) for index in range(500)]
+    # The standard error of 500 is 0.03 for these means and 0.02 for these shares.
+    found = statistics.mean(solve(p.problem, p.question).arithmetic for p in problems)
+    assert found == pytest.approx(arithmetic, abs=0.13)
+    asked = sum(kind_of(p.question) == kind for p in problems) / len(problems)
+    assert asked == pytest.approx(share, abs=0.10)
 
 
 def test_answers_have_the_published_range() -> None:
@@ -417,6 +438,82 @@ def test_noise_places_are_told_from_the_problems_own() -> None:
     assert (theme.things, theme.things_total, theme.each) == ((("cat", "dog"),), "pets", None)
 
 
+IN_PLACES = (
+    *THEMES[2].noise_places[:10],
+    *("Lost in Lanterns Film Gala", "Night in Harbour in Winter Fair", "Lanterns Film Gala of Wales"),
+    *("Snow and Stars Festival", "Salt, Sun and the Sea Festival", "St. The Rock Festival"),
+)
+IN_THINGS = (
+    *THEMES[2].noise_things[:30],
+    *("film about fishing in 1930's cornwall", "film about life in spring", "play about life"),
+    *("film of love, war and the rain", "song per mile film"),
+)
+"""Names like those of the benchmark's own distractors: with " in ", commas and "and" inside."""
+
+
+def test_a_vocabulary_is_read_from_noisy_rows_with_in_inside_names() -> None:
+    theme = replace(THEMES[2], noise_places=IN_PLACES, noise_things=IN_THINGS)
+    task = GsmInfinite(vocabulary=[theme], target_tokens=(9000, 12000), tokenizer=lambda text: list(text.encode()))
+    problems = [task.problem(index) for index in range(30)]
+    for problem in problems:
+        problem.check()
+    (read,) = read_vocabulary(map(vars_of, problems))
+    assert (read.places, read.things) == tuple(
+        tuple(sorted(map(tuple, map(sorted, g)))) for g in (theme.places, theme.things)
+    )
+    assert (read.things_total, read.each, read.each_total) == (
+        theme.things_total,
+        theme.each,
+        theme.each_total,
+    )
+    assert set(read.noise_places) == set(IN_PLACES)
+    assert set(read.noise_things) == set(IN_THINGS)
+    again = GsmInfinite(vocabulary=[read], target_tokens=(9000, 12000), tokenizer=lambda text: list(text.encode()))
+    again.problem(0).check()
+
+
+def test_few_noisy_rows_are_read_too() -> None:
+    core = "The number of cat in Ash equals 2. The number of dog in Ash equals the number of cat in Ash. "
+    gala, film = "Lost in Lanterns Film Gala", "film about fishing in 1930's cornwall"
+    noise = (
+        f"The number of {film} in {gala} equals the number of cat in Ash. The number of short play in {gala} equals "
+        "the sum of the number of cat in Ash and the total number of pets in Oak Fair. "
+        f"The number of {film} in Oak Fair equals the total number of pets in Ash. "
+    )
+    row = {"problem": core + noise, "question": "What is the total number of pets in Ash?", "template": "t"}
+    (theme,) = read_vocabulary([row])
+    assert (theme.places, theme.things_total) == ((("Ash",),), "pets")
+    assert theme.noise_places == ("Lost in Lanterns Film Gala", "Oak Fair")
+    assert theme.noise_things == ("film about fishing in 1930's cornwall", "short play")
+    assert solve(str(row["problem"]), str(row["question"])).answer == 4
+
+
+def test_a_vocabulary_is_read_from_rows_with_messages_only() -> None:
+    rows = [vars_of(GsmInfinite(themes=["orchards"]).problem(index)) for index in range(60)]
+    told = []
+    for row in rows:
+        text = f"Problem: {row['problem']} Question: {row['question']} Solution: "
+        messages = [{"role": "system", "content": "Be helpful."}, {"role": "user", "content": text}]
+        told.append({"messages": messages, "template": row["template"]})
+    assert read_vocabulary(told) == read_vocabulary(rows)
+    with pytest.raises(ValueError, match=r"row 0: expected text in \['problem', 'question'\]"):
+        read_vocabulary([{"messages": [{"role": "user", "content": "Hello."}], "template": "t"}])
+
+
+@pytest.mark.parametrize("template", ["crazy_zootopia", "teachers_in_school", "movie_festival_awards"])
+def test_official_problems_with_such_distractors_are_read(official: list[dict[str, Any]], template: str) -> None:
+    rows = [row for row in official if row["template"] == template]
+    (plain,) = read_vocabulary(rows)
+    theme = replace(plain, noise_places=IN_PLACES, noise_things=IN_THINGS)
+    task = GsmInfinite(vocabulary=[theme], target_tokens=(9000, 12000), tokenizer=lambda text: list(text.encode()))
+    noisy = [vars_of(task.problem(index)) for index in range(30)]
+    (read,) = read_vocabulary([*rows, *noisy])
+    assert (read.places, read.things, read.things_total) == (plain.places, plain.things, plain.things_total)
+    assert (read.each, read.each_total) == (plain.each, plain.each_total)
+    assert set(read.noise_places) == {*plain.noise_places, *IN_PLACES}
+    assert set(read.noise_things) == {*plain.noise_things, *IN_THINGS}
+
+
 def test_problems_in_the_official_words(official: list[dict[str, Any]], qwen: Any) -> None:
     themes = read_vocabulary(official)
     assert [[len(group) for group in theme.places] for theme in themes] == [[5, 5]] * 3
@@ -584,14 +681,30 @@ def test_what_cannot_be_drawn_is_said() -> None:
         read_vocabulary([{"problem": "The number of cat in Ash equals 2.", "question": "How many cat does Ash have?"}])
 
 
-def test_replies_are_scored_by_their_last_answer() -> None:
+def test_replies_are_scored_as_the_official_scorer_does() -> None:
     problem = replace(small().problem(0), answer=12)
-    assert all(map(problem.is_correct, ("12", " 12.", "so it is. Answer: 12.", "Answer: 7. Answer: 12")))
-    assert not any(map(problem.is_correct, ("", "120", "1 2", "12.5", "-12", "Answer: 12. Answer: 7.", "twelve")))
+    right = (
+        *("so it is. Answer: 12.", "Answer: 12", "ANSWER: 12. Yes", "Answer: 12.0", "Answer: 12\nThat is all"),
+        *("So \\boxed{12}.", "\\boxed{7}, no, \\boxed{12}", "**Answer: 12**", "**Answer:** 12.", "Solution: 12."),
+        *("Final answer: Answer: 12.", "thus \\text{Answer: } 12 apples", "the answer is 12", "This is it: it is 12."),
+        # Our own prompts end in "Answer:".
+        *("12", " 12.", "12\n"),
+    )
+    assert [reply for reply in right if not problem.is_correct(reply)] == []
+    wrong = (
+        *("Answer: 12 animals.", "Answer: **12**", "Answer:12.", "Answer:\n12", "Answer: $12$.", "12 animals"),
+        *("Answer: xxx ... Answer: 12.", "Answer: 7. Answer: 12.", "\\boxed{12}, no, \\boxed{7}", "it is 12. It is 7."),
+        *("", "120", "1 2", "12.5", "-12", "twelve", "Answer: 7.", "Answer: -12."),
+    )
+    assert [reply for reply in wrong if problem.is_correct(reply)] == []
 
 
 def test_the_examples_in_the_docstrings_run() -> None:
-    for name in ("sleepify.tasks.gsm_infinite", "sleepify.tasks.gsm_infinite.solver"):
+    for name in (
+        "sleepify.tasks.gsm_infinite",
+        "sleepify.tasks.gsm_infinite.names",
+        "sleepify.tasks.gsm_infinite.solver",
+    ):
         result = doctest.testmod(importlib.import_module(name))
         assert result.attempted and not result.failed
 

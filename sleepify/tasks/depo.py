@@ -20,8 +20,8 @@ from math import sqrt
 from random import Random
 from typing import ClassVar, Literal, NamedTuple
 
-from sleepify.tasks.base import IGNORE, Example, Query, Split, random_stream
-from sleepify.tasks.split import in_split
+from sleepify.tasks.base import IGNORE, Example, Query, Split, check_curriculum, open_levels, random_stream
+from sleepify.tasks.split import cycle_key, in_split
 
 PAD = 0
 """The id of padding in every form; nothing else has it, so the mask of a row is ``id != PAD``."""
@@ -74,6 +74,8 @@ class Depo:
         official_ids: (words, no arrows) the ids of the original task.
         context_length: tokens before the queries, padding included. None: as many as the longest edge list, rounded
             up to four windows. 0: no padding at all, so that rows differ in length.
+        curriculum: rows a level in training: k up to 1 at first, and one more (of those that ``mode`` asks) every so
+            many rows. 0: all from the start.
 
     Raises:
         ValueError: an argument is out of its range, or arguments exclude each other.
@@ -93,6 +95,7 @@ class Depo:
     max_name: int = 7
     official_ids: bool = False
     context_length: int | None = None
+    curriculum: int = 0
 
     def __post_init__(self) -> None:
         # On fewer nodes a split would be empty: no cycle of 4 out of 5 nodes is a test cycle.
@@ -103,6 +106,7 @@ class Depo:
                 raise ValueError(f"{field}: expected a whole number, at least {low}, got {value!r}")
         if not isinstance(self.seed, int):
             raise ValueError(f"seed: expected a whole number, got {self.seed!r}")
+        check_curriculum(self.curriculum)
         if self.mode not in ("train", "qa"):
             raise ValueError(f"mode: expected 'train' or 'qa', got {self.mode!r}")
         if self.names not in ("single", "words"):
@@ -183,11 +187,12 @@ class Depo:
         if self.mode == "train":
             n = rng.choices(range(3, n + 1), cum_weights=_size_weights(n))[0]
         cycle = self._draw_names(rng, n)
-        while not in_split(_cycle_key(cycle), split):
+        while not in_split(cycle_key(cycle), split):
             cycle = self._draw_names(rng, n)
         edges = rng.sample(range(n), n)
         starts = rng.sample(range(n), min(n, self.n_queries))
-        hops = range(1, self.max_hops + 1) if self.mode == "train" else _tested_hops(self.max_hops)
+        hops: Sequence[int] = range(1, self.max_hops + 1) if self.mode == "train" else _tested_hops(self.max_hops)
+        hops = open_levels(hops, self.curriculum, split, index)
         queries = [(rng.choice(hops), start) for start in starts]
         return self.encode([self._spell(name) for name in cycle], edges, queries)
 
@@ -288,9 +293,3 @@ def _tested_hops(max_hops: int) -> list[int]:
     """The k that the "qa" mode asks."""
     powers = {2**i for i in range(max_hops.bit_length())}
     return sorted(powers | {max_hops} | ({24} if max_hops == 32 else set()))
-
-
-def _cycle_key(cycle: list[int]) -> str:
-    """The same text for a cycle wherever one starts to read it."""
-    first = cycle.index(min(cycle))
-    return "-".join(map(str, cycle[first:] + cycle[:first]))

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from sleepify.tasks.base import IGNORE, Example, Query, Split, random_stream
+from sleepify.tasks.base import IGNORE, Example, Query, Split, check_curriculum, open_levels, random_stream
 from sleepify.tasks.split import in_split
 
 
@@ -46,6 +46,8 @@ class Rule110:
         n_strings: strings in a row.
         steps: t, at least 1; in the query form one or several, each asked once a row.
         form: "paper" or "queries".
+        curriculum: (queries) rows a level in training: the smallest t alone is labelled at first, and one more every so
+            many rows. Rows hold all t all the same, so that they stay equally long. 0: all from the start.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -58,6 +60,7 @@ class Rule110:
     n_strings: int = 4
     steps: int | Sequence[int] = 32
     form: Literal["paper", "queries"] = "paper"
+    curriculum: int = 0
 
     def __post_init__(self) -> None:
         if self.form not in ("paper", "queries"):
@@ -74,6 +77,9 @@ class Rule110:
                 raise ValueError(f"steps: form='paper' asks one number, got {self.steps!r}; see form='queries'")
             # A tuple, so that the task stays hashable when the steps come as a list.
             object.__setattr__(self, "steps", tuple(self.steps))
+        check_curriculum(self.curriculum)
+        if self.curriculum and self.form == "paper":
+            raise ValueError("curriculum: form='paper' asks one number of steps; see form='queries'")
         steps = self._steps
         if not steps or len(set(steps)) < len(steps) or not all(isinstance(t, int) and t >= 1 for t in steps):
             raise ValueError(f"steps: expected distinct whole numbers, each at least 1, got {self.steps!r}")
@@ -120,14 +126,16 @@ class Rule110:
         input_ids = [(cells >> i) & 1 for i in range(self.n_strings * self.width)]
         labels = [IGNORE] * len(input_ids)
         answers = self._answers(cells)
+        learned = open_levels(sorted(self._steps), self.curriculum, split, index)
         queries = []
         for t in asked:
             if self.form == "queries":
                 input_ids.append(1 + t)
                 labels.append(IGNORE)
-            queries.append(Query(difficulty=t, start=len(input_ids), stop=len(input_ids) + self.n_strings))
+            if t in learned:
+                queries.append(Query(difficulty=t, start=len(input_ids), stop=len(input_ids) + self.n_strings))
             input_ids += answers[t]
-            labels += answers[t]
+            labels += answers[t] if t in learned else [IGNORE] * self.n_strings
         return Example(input_ids=input_ids, labels=labels, queries=queries)
 
     def _answers(self, cells: int) -> dict[int, list[int]]:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from hashlib import blake2b
 
 from sleepify.tasks.base import Split
@@ -24,3 +25,9 @@ def in_split(key: str, split: Split) -> bool:
         raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
     bucket = blake2b(key.encode(), digest_size=1).digest()[0]
     return (bucket < 256 * TEST_SHARE) == (split == "test")
+
+
+def cycle_key(cycle: Sequence[int]) -> str:
+    """The key of a cycle of numbers, the same wherever one starts to read it."""
+    first = cycle.index(min(cycle))
+    return "-".join(map(str, [*cycle[first:], *cycle[:first]]))

@@ -104,12 +104,19 @@ def load_problems(
     return problems
 
 
+def published_text(row: Mapping[str, Any]) -> dict[str, Any]:
+    """``problem`` and ``question`` of a published row, from its chat messages where it holds them only there."""
+    text = {name: row.get(name) for name in ("problem", "question")}
+    if all(text.values()):
+        return text
+    for message in reversed(row.get("messages") or []):
+        if found := _MESSAGE.search(str(message.get("content", ""))):
+            return found.groupdict()
+    return text
+
+
 def _problem(row: Mapping[str, Any], where: str) -> Problem:
-    fields = dict(row)
-    if not (fields.get("problem") and fields.get("question")) and fields.get("messages"):
-        # Some published sets hold the text only inside the last chat message.
-        found = _MESSAGE.search(str(fields["messages"][-1].get("content", "")))
-        fields.update(found.groupdict() if found else {})
+    fields = {**row, **published_text(row)}
     missing = [name for name in _FIELDS if fields.get(name) in (None, "")]
     if missing:
         raise ValueError(f"{where}: lacks {missing}; expected {list(_FIELDS)}, got {sorted(row)}")

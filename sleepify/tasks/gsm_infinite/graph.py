@@ -26,6 +26,8 @@ LARGEST = 1000
 """No parameter on the path may exceed this."""
 LITERALS = 4
 MOST_SOURCES = 4
+_BUDGETS = {(2, 3): (1, 2), (2, 5): (2, 3), (3, 3): (1, 2), (3, 5): (2, 3), (3, 8): (4, 4, 5)}
+"""By depth and operations, the in-degrees to draw from, where one alone is further from the published shares."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +91,11 @@ def draw_core(rng: Random, operations: int, depth: int, reverse: bool, size: tup
     Raises:
         ValueError: no problem came out of far more attempts than problems of the full size take.
     """
-    # One more from 8 on: with the plain half the problems have fewer binary operations than the published statistics.
-    budget = (operations + 1) // 2 + (operations >= 8)
+    # Half of the operations, and one more from 8 on, but for what the published statistics have otherwise.
+    budgets = _BUDGETS.get((depth, operations), ((operations + 1) // 2 + (operations >= 8),))
     attempts = 5000 * operations
     for _ in range(attempts):
+        budget = rng.choice(budgets)
         structure = draw_structure(rng, budget, depth, reverse, size)
         core = _draw_dependencies(rng, structure, operations, budget, reverse) if structure else None
         if core is not None:
@@ -142,17 +145,22 @@ def _select(rng: Random, structure: Structure, budget: int) -> dict[Parameter, l
     hardest = [p for p in totals if p.kind is Kind.GRAND_TOTAL]
     for level in (hardest, [p for p in totals if p.kind is Kind.TOTAL] + mirrors):
         # Mirrors tend to go first: shares of query kinds with depth 3 are then nearer the published statistics.
-        level.sort(key=lambda p: rng.random() * (0.5 if p.kind is Kind.MIRROR else 1.0))
+        level.sort(key=lambda p: rng.random() * (0.6 if p.kind is Kind.MIRROR else 1.0))
         for parameter in level:
-            if degree == most:
-                break
+            if parameter in needs:
+                continue
             closure = structure.closure(parameter)
             cost = sum(len(parts) for member, parts in closure.items() if member not in needs)
-            if parameter not in needs and degree + cost <= most:
+            if degree + cost <= most:
                 needs = {**closure, **needs}
                 degree += cost
+            elif level is not hardest:
+                # Not the next that would fit: so some problems have no total on the path, as some published ones.
+                break
     loose = [p for p in instances if p not in needs]
-    for parameter in rng.sample(loose, min(len(loose), max(0, wanted - degree - 1))):
+    # The published problems have sometimes one more than this number less one, by their shares of asked instances.
+    number = wanted - degree - (rng.random() < 0.85)
+    for parameter in rng.sample(loose, min(len(loose), max(0, number))):
         needs[parameter] = []
     return needs
 

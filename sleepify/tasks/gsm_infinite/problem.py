@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
@@ -14,7 +15,20 @@ Mode = Literal["forward", "reverse"]
 PUBLISHED_MODES: dict[str, Mode] = {"normalforward": "forward", "forwardreverse": "reverse"}
 """The benchmark's names of the modes."""
 
-_REPLY = re.compile(r"^\s*(-?\d+)(?!\d|\.\d)")
+_MARKERS = (
+    ("answer: ", ".", "first"),
+    ("solution: ", ".", "first"),
+    ("oxed{", "}", "last"),
+    ("**answer:** ", ".", "first"),
+    ("**answer: ", "**", "first"),
+    ("final answer: answer: ", ".", "first"),
+    ("\nanswer: ", ".", "first"),
+    ("\\text{answer: } ", "", "first"),
+    ("is ", ".", "last"),
+    ("answer: ", "\n", "first"),
+)
+"""What the benchmark's scorer takes for an answer, in the order tried: from a mark ("" : the digits) to another."""
+_INTEGER = re.compile(r"\s*([+-]?\d+)\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +54,12 @@ class Problem:
     mode: Mode
 
     def is_correct(self, reply: str) -> bool:
-        """Score a generated reply: the integer after its last "Answer:", or all there is, must be the answer."""
-        found = _REPLY.search(reply.rpartition("Answer:")[2])
-        return found is not None and int(found[1]) == self.answer
+        """Score a generated reply as the benchmark does; a number and nothing else is an answer here too.
+
+        The benchmark takes the first bare integer of a list of forms, such as "Answer: 12.", "\\boxed{12}" and "the
+        answer is 12"; "Answer: 12 animals." is none. Our own prompts end in "Answer:", so a reply to them is a number.
+        """
+        return read_answer(reply) == self.answer
 
     def check(self) -> None:
         """Solve from the text.
@@ -56,6 +73,21 @@ class Problem:
                 f"expected the text to give {self.answer} in {self.operations} operations, "
                 f"solving it gives {found.answer} in {found.operations}"
             )
+
+
+def read_answer(reply: str) -> int | None:
+    """The integer that the benchmark's scorer reads from a reply, None if it reads none."""
+    text = reply.lower()
+    if alone := _INTEGER.fullmatch(text.strip().removesuffix(".")):
+        return int(alone[1])
+    for start, end, which in _MARKERS:
+        _, found, after = text.partition(start) if which == "first" else text.rpartition(start)
+        if not found:
+            continue
+        piece = after.partition(end)[0] if end else after[: len(after) - len(after.lstrip(string.digits))]
+        if bare := _INTEGER.fullmatch(piece):
+            return int(bare[1])
+    return None
 
 
 @runtime_checkable

@@ -13,14 +13,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import NamedTuple
+
+from sleepify.tasks.gsm_infinite.names import Cuts
 
 _QUESTION = re.compile(r"(?:How many (?P<thing>.+) does (?P<place>.+) have|What is the (?P<name>.+))\?\s*")
 _UNKNOWN = re.compile(r"The (?P<name>.+?)(?: exists, and its number)? is greater than 0")
 _SENTENCE = re.compile(r"The (?P<name>.+?) equals (?P<right>.+)")
-_NAME = re.compile(r"(?:(?P<kind>average |total )?number of )(?P<noun>.+) in (?P<place>.+)")
+_NUMBER = r"(?:average |total )?number of "
+_NAME = re.compile(r"(?:(?P<kind>average |total )?number of )(?P<body>.+ in .+)")
+# Names may contain full stops ("St. Ives"), commas and "and", so a sentence or a name ends only where the next begins.
+_NEXT_SENTENCE = re.compile(rf"\.\s+(?=The {_NUMBER})")
+_NEXT_NAME = re.compile(rf",? and (?=the {_NUMBER})|, (?=the {_NUMBER})")
 _FACTOR = re.compile(r"(?P<constant>\d+)(?: (?P<verb>plus|times) (?P<rest>.+))?")
 
 Polynomial = tuple[Fraction, ...]
@@ -33,11 +39,19 @@ class UnsolvableError(ValueError):
 
 class Name(NamedTuple):
     """A quantity as the text writes it: kind "" (a count), "average " or "total "; for averages ``noun`` is
-    "<what> per <thing>"."""
+    "<what> per <thing>". Not cut yet: thing and place together are ``noun``, and ``place`` is empty."""
 
     kind: str
     noun: str
     place: str
+
+    def body(self) -> str:
+        """Thing and place together, as written."""
+        return f"{self.noun} in {self.place}" if self.place else self.noun
+
+    def cut(self, cuts: Cuts) -> Name:
+        """Thing and place apart."""
+        return self if self.place else Name(self.kind, *cuts(self.noun))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +87,14 @@ class Parsed:
             for statement in statements:
                 yield from statement.sources
 
+    def cut(self, cuts: Cuts) -> Parsed:
+        """The same with things and places apart in every name."""
+        statements = {
+            name.cut(cuts): [replace(said, sources=tuple(source.cut(cuts) for source in said.sources)) for said in each]
+            for name, each in self.statements.items()
+        }
+        return Parsed(statements, [name.cut(cuts) for name in self.unknowns], self.query.cut(cuts))
+
 
 @dataclass(frozen=True, slots=True)
 class Solution:
@@ -93,20 +115,18 @@ class Solution:
     reverse: bool
 
 
-def parse_name(text: str) -> Name:
-    """ "average number of W per X in L" and its like; a leading "the" is dropped.
-
-    Raises:
-        UnsolvableError: not such a name.
-    """
-    match = _NAME.fullmatch(text.removeprefix("the ").strip())
-    if match is None:
-        raise UnsolvableError(f"expected '[average|total] number of ... in ...', got {text!r}")
-    return Name(match["kind"] or "", match["noun"], match["place"])
-
-
 def parse(problem: str, question: str) -> Parsed:
     """Read all sentences and the question.
+
+    Raises:
+        UnsolvableError: a sentence that is not of the family.
+    """
+    parsed = parse_uncut(problem, question)
+    return parsed.cut(Cuts(map(Name.body, parsed.names())))
+
+
+def parse_uncut(problem: str, question: str) -> Parsed:
+    """The same without telling things from places, for a reader who does that with more than one text.
 
     Raises:
         UnsolvableError: a sentence that is not of the family.
@@ -114,18 +134,24 @@ def parse(problem: str, question: str) -> Parsed:
     asked = _QUESTION.fullmatch(question.strip())
     if asked is None:
         raise UnsolvableError(f"expected 'How many ... does ... have?' or 'What is the ...?', got {question!r}")
-    query = parse_name(asked["name"]) if asked["name"] else Name("", asked["thing"], asked["place"])
+    query = _parse_name(asked["name"]) if asked["name"] else Name("", asked["thing"], asked["place"])
     statements: dict[Name, list[Statement]] = {}
     unknowns: list[Name] = []
-    # Names may contain full stops ("St. Ives"), so a sentence ends only where the next begins.
-    for sentence in re.split(r"\.\s+(?=The )", problem.strip().removesuffix(".")):
+    for sentence in _NEXT_SENTENCE.split(problem.strip().removesuffix(".")):
         if unknown := _UNKNOWN.fullmatch(sentence):
-            unknowns.append(parse_name(unknown["name"]))
+            unknowns.append(_parse_name(unknown["name"]))
         elif match := _SENTENCE.fullmatch(sentence):
-            statements.setdefault(parse_name(match["name"]), []).append(_parse_right(match["right"]))
+            statements.setdefault(_parse_name(match["name"]), []).append(_parse_right(match["right"]))
         else:
             raise UnsolvableError(f"expected 'The ... equals ...' or '... is greater than 0', got {sentence!r}")
     return Parsed(statements, unknowns, query)
+
+
+def _parse_name(text: str) -> Name:
+    match = _NAME.fullmatch(text.removeprefix("the ").strip())
+    if match is None:
+        raise UnsolvableError(f"expected '[average|total] number of ... in ...', got {text!r}")
+    return Name(match["kind"] or "", match["body"], "")
 
 
 def _parse_right(text: str) -> Statement:
@@ -137,12 +163,12 @@ def _parse_right(text: str) -> Statement:
     difference = rest.startswith("the difference between ")
     if difference or rest.startswith("the sum of "):
         listed = rest.removeprefix("the difference between ").removeprefix("the sum of ")
-        sources = re.split(r",? and (?=the )|, (?=the )", listed)
+        sources = _NEXT_NAME.split(listed)
         if len(sources) < 2 or difference and len(sources) != 2:
             raise UnsolvableError(f"expected two quantities or more, got {rest!r}")
     else:
         sources = [rest]
-    return Statement(tuple(map(parse_name, sources)), constant, times, difference)
+    return Statement(tuple(map(_parse_name, sources)), constant, times, difference)
 
 
 def solve(problem: str, question: str) -> Solution:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from random import Random
 from typing import get_args
 
-from sleepify.tasks.base import Example, Split, random_stream
+from sleepify.tasks.base import Example, Split, check_curriculum, open_levels, random_stream
 from sleepify.tasks.gsm_infinite.graph import Core, draw_core
 from sleepify.tasks.gsm_infinite.noise import noise
 from sleepify.tasks.gsm_infinite.problem import Encode, Mode, Problem, Prompt, Tokenizer
@@ -39,6 +39,8 @@ class GsmInfinite:
         max_tokens: problems whose row would be longer are drawn again.
         tokenizer: what :class:`Prompt` takes; needed for rows, ``target_tokens`` and ``max_tokens``.
         size: most places and things of a problem. With (2, 2) and the theme ``PETS`` problems are a few sentences.
+        curriculum: rows a level in training: the fewest operations alone at first, and one count more every so many
+            rows. 0: all from the start.
 
     Raises:
         ValueError: nothing to draw from, operations out of reach, too few names, no tokenizer where one is needed, or
@@ -61,8 +63,11 @@ class GsmInfinite:
         max_tokens: int | None = None,
         tokenizer: Tokenizer | Encode | None = None,
         size: tuple[int, int] = (5, 5),
+        curriculum: int = 0,
     ) -> None:
+        check_curriculum(curriculum)
         self.seed = seed
+        self.curriculum = curriculum
         self.operations = sorted(set(operations))
         self.depths = sorted({depth} if isinstance(depth, int) else set(depth))
         self.modes = list(modes)
@@ -101,7 +106,8 @@ class GsmInfinite:
         return (
             f"GsmInfinite(seed={self.seed}, operations={self.operations}, depth={self.depths}, modes={self.modes}, "
             f"themes={[theme.name for theme in self.themes]}, target_tokens={self.target}, "
-            f"max_tokens={self.max_tokens}, size={self.size}, question_first, chain_of_thought={order})"
+            f"max_tokens={self.max_tokens}, size={self.size}, curriculum={self.curriculum}, "
+            f"question_first, chain_of_thought={order})"
         )
 
     def _depths(self, theme: Theme, operations: int) -> list[int]:
@@ -116,7 +122,8 @@ class GsmInfinite:
         if index < 0 or split not in get_args(Split):
             raise ValueError(f"expected index >= 0 and split among {get_args(Split)}, got {index} and {split!r}")
         rng = random_stream("gsm_infinite", self.seed, split, index)
-        operations, mode, theme = rng.choice(self.operations), rng.choice(self.modes), rng.choice(self.themes)
+        open_operations = open_levels(self.operations, self.curriculum, split, index)
+        operations, mode, theme = rng.choice(open_operations), rng.choice(self.modes), rng.choice(self.themes)
         depth = rng.choice(self._depths(theme, operations))
         largest = (max(map(len, theme.places)), max(map(len, theme.things)))
         size = (min(self.size[0], largest[0]), min(self.size[1], largest[1]))

@@ -12,9 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sleepify.tasks.gsm_infinite.solver import Name, Parsed, parse
+from sleepify.tasks.gsm_infinite.dataset import published_text
+from sleepify.tasks.gsm_infinite.names import Cuts
+from sleepify.tasks.gsm_infinite.solver import Name, parse_uncut
 
-_BREAKS = (" in ", " per ", ", ", " and the ", " equals ", ". The ", " exists", "?", " does ")
+_NOISE_BREAKS = (" number of ", " equals ", " exists, ", "?")
+"""What no name may hold."""
+_BREAKS = (*_NOISE_BREAKS, " in ", " per ", ", ", " and the ", ". The ", " exists", " does ")
+"""What no name that is asked about may hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +65,9 @@ class Theme:
         shared = {name for group in self.places for name in group}.intersection(self.noise_places)
         if shared:
             raise ValueError(f"theme {self.name!r}: noise places must not be places of problems, got {sorted(shared)}")
+        noise_names = {*self.noise_places, *self.noise_things}
         for name in self.names():
-            broken = [part for part in _BREAKS if part in f" {name} "]
+            broken = [part for part in (_NOISE_BREAKS if name in noise_names else _BREAKS) if part in f" {name} "]
             if broken or not name.strip() or name != name.strip():
                 raise ValueError(f"theme {self.name!r}: the name {name!r} cannot stand in a sentence ({broken})")
         if (self.each is None) != (self.each_total is None):
@@ -190,8 +196,16 @@ PETS = Theme(
 
 
 @dataclass(slots=True)
+class _Row:
+    """The names of one problem, not cut yet: all of them, and those by which its own places are known."""
+
+    names: set[Name]
+    core: set[Name]
+
+
+@dataclass(slots=True)
 class _Gathered:
-    """What the rows of one theme have shown so far."""
+    """What the rows of one theme have shown."""
 
     places: list[set[str]] = field(default_factory=list)
     things: list[set[str]] = field(default_factory=list)
@@ -205,10 +219,11 @@ def read_vocabulary(rows: Iterable[Mapping[str, object]]) -> tuple[Theme, ...]:
     """Take the themes from published problems.
 
     A place belongs to the problems (and not to their noise) if a sentence with a number is about it or another sentence
-    uses one of its things. Names seen together in a problem form a group.
+    uses one of its things. Names seen together in a problem form a group. Which " in " of a name stands before its
+    place is told from all names of the theme.
 
     Args:
-        rows: with ``problem``, ``question`` and ``template`` (the theme's name).
+        rows: with ``template`` (the theme's name), and ``problem`` and ``question`` or the ``messages`` that hold them.
 
     Returns:
         One theme per template, names in alphabetical order. Without noise in the rows its noise lists are empty.
@@ -216,39 +231,53 @@ def read_vocabulary(rows: Iterable[Mapping[str, object]]) -> tuple[Theme, ...]:
     Raises:
         ValueError: no rows, a missing field, or a template without totals or with more than two kinds of them.
     """
-    gathered: dict[str, _Gathered] = {}
+    templates: dict[str, list[_Row]] = {}
+    # Every name once, for the published sets of many tokens.
+    known: dict[Name, Name] = {}
     for number, row in enumerate(rows):
-        missing = [name for name in ("problem", "question", "template") if not isinstance(row.get(name), str)]
+        fields = {"template": row.get("template"), **published_text(row)}
+        missing = [name for name in ("problem", "question", "template") if not isinstance(fields.get(name), str)]
         if missing:
-            raise ValueError(f"row {number}: expected text in {missing}, got {[row.get(name) for name in missing]}")
-        _gather(
-            gathered.setdefault(str(row["template"]), _Gathered()), parse(str(row["problem"]), str(row["question"]))
-        )
-    if not gathered:
+            raise ValueError(f"row {number}: expected text in {missing}, got {[fields.get(name) for name in missing]}")
+        read = _read(str(fields["problem"]), str(fields["question"]))
+        shared = _Row(*({known.setdefault(name, name) for name in names} for names in (read.names, read.core)))
+        templates.setdefault(str(fields["template"]), []).append(shared)
+    if not templates:
         raise ValueError("expected problems to read a vocabulary from, got none")
-    return tuple(_theme(name, seen) for name, seen in sorted(gathered.items()))
+    return tuple(_theme(name, _gather(read)) for name, read in sorted(templates.items()))
+
+
+def _read(problem: str, question: str) -> _Row:
+    parsed = parse_uncut(problem, question)
+    core = {parsed.query}
+    for name, statements in parsed.statements.items():
+        if any(statement.constant is not None for statement in statements):
+            core.add(name)
+        core.update(s for statement in statements for s in statement.sources if s.kind != "total ")
+    return _Row(set(parsed.names()), core)
 
 
 def _thing(name: Name) -> str:
-    return name.noun.split(" per ", 1)[-1]
+    return name.noun.split(" per ", 1)[1] if name.kind == "average " else name.noun
 
 
-def _gather(seen: _Gathered, parsed: Parsed) -> None:
-    core = {parsed.query.place}
-    for name in parsed.names():
-        seen.all_places.add(name.place)
-        if name.kind == "total ":
-            seen.totals.add(name.noun)
-            continue
-        seen.all_things.add(_thing(name))
-        if name.kind == "average ":
-            seen.averages.add(name.noun.split(" per ", 1)[0])
-    for name, statements in parsed.statements.items():
-        if any(statement.constant is not None for statement in statements):
-            core.add(name.place)
-        core.update(s.place for statement in statements for s in statement.sources if s.kind != "total ")
-    seen.places.append(core)
-    seen.things.append({_thing(name) for name in parsed.names() if name.kind != "total " and name.place in core})
+def _gather(rows: list[_Row]) -> _Gathered:
+    seen = _Gathered()
+    cuts = Cuts(name.body() for row in rows for name in row.names)
+    for row in rows:
+        names = {name.cut(cuts) for name in row.names}
+        core = {name.cut(cuts).place for name in row.core}
+        for name in names:
+            seen.all_places.add(name.place)
+            if name.kind == "total ":
+                seen.totals.add(name.noun)
+                continue
+            seen.all_things.add(_thing(name))
+            if name.kind == "average ":
+                seen.averages.add(name.noun.split(" per ", 1)[0])
+        seen.places.append(core)
+        seen.things.append({_thing(name) for name in names if name.kind != "total " and name.place in core})
+    return seen
 
 
 def _theme(name: str, seen: _Gathered) -> Theme:

@@ -1,0 +1,174 @@
+"""Hops against a walk along the pairs as they are written."""
+
+from __future__ import annotations
+
+import doctest
+import os
+import subprocess
+import sys
+from collections import Counter
+from itertools import permutations
+from typing import Any
+
+import pytest
+
+import sleepify.tasks.hops
+from sleepify.tasks import IGNORE, Hops, score
+from sleepify.tasks.hops import PAD
+from sleepify.tasks.split import cycle_key, in_split
+
+
+def read(task: Hops, ids: list[int]) -> tuple[dict[int, int], list[tuple[int, int, int, int]]]:
+    """The pairs, and every query: k, start, answer, and where it begins."""
+    end = 2 * task.n_nodes
+    pairs = dict(zip(ids[:end:2], ids[1:end:2], strict=True))
+    assert len(pairs) == task.n_nodes
+    queries = []
+    place = end
+    while place < len(ids):
+        if ids[place] == PAD:
+            place += 1
+            continue
+        queries.append((ids[place], ids[place + 1], ids[place + 2], place))
+        place += 3
+    return pairs, queries
+
+
+def tour(pairs: dict[int, int]) -> list[int]:
+    """The nodes in the order of the cycle, from the smallest, until one comes again."""
+    seen = [min(pairs)]
+    while pairs[seen[-1]] not in seen:
+        seen.append(pairs[seen[-1]])
+    return seen
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        Hops(),
+        Hops(n_nodes=16, max_hops=16),
+        Hops(n_nodes=32, n_windows=4, max_hops=32),
+        Hops(n_nodes=16, n_windows=2, n_queries=10),
+        Hops(n_nodes=6, n_windows=3, n_queries=6),
+        Hops(n_nodes=9, n_windows=3, n_queries=9, max_hops=1),
+        Hops(n_nodes=12, n_queries=1, max_hops=30),
+    ],
+)
+def test_every_query_is_answered_by_walking_the_pairs(task: Hops) -> None:
+    for index in range(60):
+        example = task.example(index, "train" if index % 2 else "test")
+        pairs, queries = read(task, example.input_ids)
+        nodes = set(range(1 + task.max_hops, 1 + task.max_hops + task.n_nodes))
+        assert set(tour(pairs)) == set(pairs) == nodes, "one cycle through all nodes"
+        assert len({start for _, start, _, _ in queries}) == len(queries) == task.n_queries
+        labels = [IGNORE] * task.length
+        for query, (k, start, answer, place) in zip(example.queries, queries, strict=True):
+            node = start
+            for _ in range(k):
+                node = pairs[node]
+            assert node == answer and 1 <= k <= task.max_hops
+            assert (query.difficulty, query.start, query.stop) == (k, place + 2, place + 3)
+            assert place // task.window_size == (place + 2) // task.window_size, "a query lies in two windows"
+            labels[place + 2] = answer
+        assert example.labels == labels and len(example.input_ids) == task.length
+        assert max(example.input_ids) < task.vocab_size
+
+
+def test_sizes_are_those_of_the_experiment() -> None:
+    task = Hops()
+    assert (task.window_size, task.vocab_size, task.difficulty_name) == (16, 17, "hops")
+    # 16 tokens of pairs, five queries and one token of padding, three queries.
+    assert task.length == 16 + 16 + 9
+    assert [i for i, token in enumerate(task.example(0).input_ids) if token == PAD] == [31]
+    spread = Hops(n_nodes=32, n_windows=4)
+    assert (spread.window_size, spread.length) == (16, 64 + 16 + 9)
+
+
+def test_hops_starts_and_orders_are_fair() -> None:
+    task = Hops()
+    examples = [task.example(index) for index in range(4000)]
+    hops = Counter(query.difficulty for example in examples for query in example.queries)
+    # 4,000 expected of each; chi-square with 7 degrees of freedom has 99.99% below 29.9.
+    assert sum((hops[k] - 4000) ** 2 / 4000 for k in range(1, 9)) < 29.9
+    for place in (0, 1, 14, 17, 39):
+        nodes = Counter(example.input_ids[place] for example in examples)
+        assert sum((nodes[node] - 500) ** 2 / 500 for node in range(9, 17)) < 29.9
+
+
+def test_a_wrong_answer_fails_its_query_only() -> None:
+    example = Hops().example(5)
+    predicted = list(example.input_ids)
+    predicted[example.queries[2].start] += 1
+    assert [right for _, right in score(example, predicted)] == [i != 2 for i in range(8)]
+
+
+def test_an_example_depends_on_seed_split_and_index_alone() -> None:
+    code = "from sleepify.tasks import Hops; print([Hops(seed=3).example(i, 'test') for i in (5, 0, 5)])"
+    again = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for hash_seed in ("1", "2")
+    }
+    task = Hops(seed=3)
+    assert again == {str([task.example(i, "test") for i in (5, 0, 5)])}
+    rows = [Hops(seed=seed).example(i).input_ids for seed in (0, 3) for i in range(20)]
+    assert len(set(map(tuple, rows))) == 40
+
+
+def test_no_cycle_is_in_both_splits() -> None:
+    train, test = Hops(n_nodes=6, n_queries=2), Hops(seed=9, n_nodes=6, n_windows=3, n_queries=2)
+    seen = {
+        split: {tuple(tour(read(task, task.example(i, split).input_ids)[0])) for i in range(1500)}
+        for split, task in (("train", train), ("test", test))
+    }
+    assert not seen["train"] & seen["test"]
+    assert len(seen["train"] | seen["test"]) == 120
+
+
+@pytest.mark.parametrize("n", [6, 7, 8])
+def test_every_size_has_cycles_of_both_splits(n: int) -> None:
+    cycles = [(0, *rest) for rest in permutations(range(1, n))]
+    share = sum(in_split(cycle_key(cycle), "test") for cycle in cycles) / len(cycles)
+    assert 1 / 32 < share < 1 / 4
+    assert cycle_key([3, 0, 2, 1]) == cycle_key([2, 1, 3, 0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n_nodes": 5}, "n_nodes: expected .* at least 6"),
+        ({"n_nodes": 8.0}, "n_nodes: expected"),
+        ({"n_queries": 0}, "n_queries: expected"),
+        ({"n_queries": 9}, "at most one a node"),
+        ({"max_hops": 0}, "max_hops: expected"),
+        ({"seed": "0"}, "seed: expected"),
+        ({"n_windows": 0}, "n_windows: expected"),
+        ({"n_windows": 3}, "n_windows: expected windows of two whole pairs"),
+        ({"n_windows": 8}, "n_windows: expected windows of two whole pairs"),
+        ({"curriculum": -1}, "curriculum: expected"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Hops(**arguments)
+
+
+def test_bad_rows_are_refused() -> None:
+    task = Hops()
+    with pytest.raises(ValueError, match="index: expected 0 or more"):
+        task.example(-1)
+    with pytest.raises(ValueError, match="'train' or 'test'"):
+        task.example(0, "validation")  # type: ignore[arg-type]
+    for ids in ([9] * 40, [17] * 41):
+        with pytest.raises(ValueError, match="expected 41 ids from 0 to 16"):
+            task.decode(ids)
+
+
+def test_the_docstring_tells_the_truth() -> None:
+    failed, tried = doctest.testmod(sleepify.tasks.hops)
+    assert tried and not failed

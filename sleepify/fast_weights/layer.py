@@ -4,14 +4,24 @@
 
 Its output projection starts at zero, so that a freshly inserted layer changes nothing. This is the paper's way of
 giving Ouro fast weights (§6.3): Jet layers without MLP between the pretrained blocks.
+
+Its parameters are float32 at least, whatever the dtype of the base: a step of training is smaller than the distance of
+two bfloat16 numbers, and would be rounded away. It computes in the dtype of the hidden states.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from sleepify.fast_weights.mixer import FastWeightState, Mixer
 from sleepify.fast_weights.parts import RMSNorm
+from sleepify.ops.chunking import accumulation_dtype
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class FastWeightLayer(nn.Module):
@@ -27,6 +37,8 @@ class FastWeightLayer(nn.Module):
         self.norm = RMSNorm(mixer.hidden_size, norm_eps)
         self.mixer = mixer
         nn.init.zeros_(self.o_proj.weight)
+        # Built under a default dtype of half precision, as transformers loads a model, it is not float32 yet.
+        self._apply(lambda tensor: tensor)
 
     @property
     def o_proj(self) -> nn.Linear:
@@ -38,6 +50,23 @@ class FastWeightLayer(nn.Module):
         self.norm.reset_parameters()
         self.mixer.reset_parameters()
         nn.init.zeros_(self.o_proj.weight)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What moves and converts modules ends here: ``half()`` and the like leave float32, all else does as it says."""
+
+        def widened(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            # A partition of ZeRO-3 only looks like the parameter; its dtype is DeepSpeed's.
+            if not result.is_floating_point() or hasattr(tensor, "ds_id"):
+                return result
+            wide = accumulation_dtype(result)
+            if result.dtype == wide:
+                return result
+            # The value before it was rounded, if this is what rounds it.
+            exact = result if result.dtype == tensor.dtype else tensor
+            return exact.to(device=result.device, dtype=wide)
+
+        return super()._apply(widened, recurse)
 
     def forward(
         self, hidden_states: Tensor, state: FastWeightState | None = None, lengths: Tensor | None = None

@@ -37,8 +37,11 @@ class FastWeightLayer(nn.Module):
         self.norm = RMSNorm(mixer.hidden_size, norm_eps)
         self.mixer = mixer
         nn.init.zeros_(self.o_proj.weight)
-        # Built under a default dtype of half precision, as transformers loads a model, it is not float32 yet.
+        drawn_in = self.norm.weight.dtype
         self._apply(lambda tensor: tensor)
+        if self.norm.weight.dtype != drawn_in:
+            # Built under a default dtype of half precision, as transformers builds a model: it was drawn in that.
+            self.reset_parameters()
 
     @property
     def o_proj(self) -> nn.Linear:

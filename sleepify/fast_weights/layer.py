@@ -37,10 +37,10 @@ class FastWeightLayer(nn.Module):
         self.norm = RMSNorm(mixer.hidden_size, norm_eps)
         self.mixer = mixer
         nn.init.zeros_(self.o_proj.weight)
-        drawn_in = self.norm.weight.dtype
-        self._apply(lambda tensor: tensor)
-        if self.norm.weight.dtype != drawn_in:
-            # Built under a default dtype of half precision, as transformers builds a model: it was drawn in that.
+        drawn = self.norm.weight
+        if drawn.dtype != accumulation_dtype(drawn) and not hasattr(drawn, "ds_id"):
+            # Built under a default dtype of half precision, as transformers builds a model. (ZeRO-3 has float32 copies.)
+            self.float()
             self.reset_parameters()
 
     @property
@@ -55,21 +55,19 @@ class FastWeightLayer(nn.Module):
         nn.init.zeros_(self.o_proj.weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What moves and converts modules ends here: ``half()`` and the like leave float32, all else does as it says."""
+        """What moves and converts modules ends here: ``half()`` and the like leave float32, all else does as it says.
 
-        def widened(tensor: Tensor) -> Tensor:
+        DeepSpeed converts past this: its 16 bits are copies of float32 weights that it trains.
+        """
+
+        def kept(tensor: Tensor) -> Tensor:
             result = fn(tensor)
-            # A partition of ZeRO-3 only looks like the parameter; its dtype is DeepSpeed's.
-            if not result.is_floating_point() or hasattr(tensor, "ds_id"):
+            if not result.is_floating_point() or tensor.dtype != accumulation_dtype(tensor):
                 return result
             wide = accumulation_dtype(result)
-            if result.dtype == wide:
-                return result
-            # The value before it was rounded, if this is what rounds it.
-            exact = result if result.dtype == tensor.dtype else tensor
-            return exact.to(device=result.device, dtype=wide)
+            return result if result.dtype == wide else tensor.to(device=result.device, dtype=wide)
 
-        return super()._apply(widened, recurse)
+        return super()._apply(kept, recurse)
 
     def forward(
         self, hidden_states: Tensor, state: FastWeightState | None = None, lengths: Tensor | None = None

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +22,7 @@ from sleepify.config import SleepConfig, check_positive
 from sleepify.defaults import resolve
 from sleepify.fast_weights import LAYERS, FastWeightLayer
 from sleepify.hosts import Host, host_class
+from sleepify.precision import cast_per_use
 from sleepify.rows import IGNORE, Rows
 
 _LOSS_PIECE = 512
@@ -261,7 +261,7 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
 
         blocks = self.blocks
         # Where each pass is recomputed by itself, a cast per pass takes no more memory than one for all.
-        with _cast_per_use(options.checkpoint == "loop"):
+        with cast_per_use(options.checkpoint == "loop"):
             readings = algorithm.read(blocks, cache, tokens.ids, tokens.lengths, wanted, options, keep=use_cache)
         cache.columns += input_ids.shape[1]
 
@@ -361,20 +361,6 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         from sleepify.checkpoints import push
 
         return push(self, repo_id, fast_weights_only=fast_weights_only, **kwargs)
-
-
-@contextmanager
-def _cast_per_use(wanted: bool) -> Iterator[None]:
-    """Let autocast cast a weight anew in every pass, so that the gradients of all passes add up in float32.
-
-    By itself it keeps the cast, whose gradient is a sum in bfloat16.
-    """
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(before and not wanted)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
 
 
 def _loss(

@@ -4,7 +4,8 @@
 
 A scenario is a dict: ``name``, ``sleep`` (fields of SleepConfig), ``accumulation``, ``resume`` (go on from step 3 in a
 new trainer), ``spoil`` and ``terminate`` (after so many steps the last rank has a loss that is not a number, or gets a
-SIGTERM), ``dtype`` (of the base; what was trained is saved), and any training argument. The tests call `run` themselves for what one process makes of the same rows.
+SIGTERM), ``dtype`` (of the base; what was trained is saved), and any training argument. The tests call `run` themselves
+for what one process makes of the same rows.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def losses(trainer: SleepTrainer) -> list[float]:
 
 
 def float32_values(trainer: SleepTrainer) -> dict[str, torch.Tensor]:
-    """What was trained, as it is kept: by the model, by the optimiser where the model's is narrower, or by DeepSpeed."""
+    """What was trained, as the model keeps it, or the optimiser where the model's is narrower, or DeepSpeed."""
     values = {}
     for name, parameter in trainer.accelerator.unwrap_model(trainer.model_wrapped).named_parameters():
         if parameter.requires_grad:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from importlib.util import find_spec
 
+import peft
 import pytest
 import torch
 from families import randomise, tiny_base, tokens
@@ -172,6 +173,36 @@ def test_every_trainable_tensor_of_a_bfloat16_model_moves(tmp_path, frozen, opti
         assert still < 0.5 if parameter.requires_grad else still == 1, (
             f"{name}: {still:.0%} of the entries are as before"
         )
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_lora_trains_inserted_layers_in_float32(tmp_path, whole):
+    model = sleeping(
+        tiny_base("qwen3", torch.bfloat16, num_hidden_layers=2), fast_weights=FastWeightConfig(rule="gdn", layers=[1])
+    )
+    before = bits(model)
+    # Beside adapters on the base what is inserted is trained whole, or has adapters itself.
+    config = peft.LoraConfig(
+        r=2,
+        target_modules="all-linear",
+        exclude_modules=r"fast_weights\..*" if whole else None,
+        modules_to_save=["fast_weights.0"] if whole else None,
+    )
+    tuned = peft.get_peft_model(model, config)
+    trained = {name: p for name, p in tuned.named_parameters() if p.requires_grad}
+    start = {name: p.detach().clone() for name, p in trained.items()}
+    train(tuned.train(), optimizer_of(tuned, tmp_path, "adamw"), 4)
+    assert any("fast_weights" in name for name in trained)
+    for name, parameter in trained.items():
+        assert parameter.dtype == torch.float32 and not torch.equal(parameter, start[name]), name
+    tuned.save_pretrained(tmp_path / "adapter")
+    again = sleeping(
+        tiny_base("qwen3", torch.bfloat16, num_hidden_layers=2), fast_weights=FastWeightConfig(rule="gdn", layers=[1])
+    )
+    again.fast_weights.load_state_dict(before)
+    again = peft.PeftModel.from_pretrained(again, tmp_path / "adapter").eval()
+    ids = tokens(1, 12)
+    assert torch.equal(again(ids).logits, tuned.eval()(ids).logits)
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])

@@ -39,7 +39,7 @@ class FastWeightLayer(nn.Module):
         nn.init.zeros_(self.o_proj.weight)
         drawn = self.norm.weight
         if drawn.dtype != accumulation_dtype(drawn) and not hasattr(drawn, "ds_id"):
-            # Built under a default dtype of half precision, as transformers builds a model. (ZeRO-3 has float32 copies.)
+            # Built under a default dtype of half precision, as transformers does. (ZeRO-3 has float32 copies.)
             self.float()
             self.reset_parameters()
 

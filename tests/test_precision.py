@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable
 from importlib.util import find_spec
 
-import peft
 import pytest
 import torch
 from families import randomise, tiny_base, tokens
@@ -177,6 +176,7 @@ def test_every_trainable_tensor_of_a_bfloat16_model_moves(tmp_path, frozen, opti
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_lora_trains_inserted_layers_in_float32(tmp_path, whole):
+    peft = pytest.importorskip("peft", reason="peft is an optional extra")
     model = sleeping(
         tiny_base("qwen3", torch.bfloat16, num_hidden_layers=2), fast_weights=FastWeightConfig(rule="gdn", layers=[1])
     )

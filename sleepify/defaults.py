@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from typing import Any
 
 from transformers import PreTrainedConfig
 
 from sleepify.config import FastWeightConfig, SleepConfig
 from sleepify.hosts import is_recurrent, layer_kinds
+from sleepify.settings import SETTINGS, Settings
 
 MAX_DEFAULT_WINDOW = 2048
 
@@ -38,6 +41,45 @@ def resolve(config: SleepConfig) -> SleepConfig:
     loop_range = _loop_range(config.loop_range, base, kinds, fast_weights.layers or [])
     config.window_size, config.fast_weights, config.loop_range = window_size, fast_weights, loop_range
     return config
+
+
+class LiveSettings:
+    """A checked view of a model's settings, made anew only when one of them has changed.
+
+    Args:
+        inserted: the layers that the model was built with.
+    """
+
+    def __init__(self, inserted: FastWeightConfig) -> None:
+        self.inserted = replace(inserted)
+        self._raw: tuple[Any, ...] = ()
+        self._settings: Settings | None = None
+
+    def of(self, config: Any, recompute: bool | None = None) -> Settings:
+        """The settings as they are now.
+
+        Args:
+            config: the model's `SleepConfig`.
+            recompute: whether activations are recomputed; None for what the configuration says.
+
+        Raises:
+            ValueError: for a value that this base cannot have.
+        """
+        values = [getattr(config, name) for name in SETTINGS]
+        raw = tuple(tuple(value) if isinstance(value, list) else value for value in values) + (recompute,)
+        if self._settings is None or raw != self._raw or list(map(type, raw)) != list(map(type, self._raw)):
+            if config.fast_weights != self.inserted:
+                raise ValueError(
+                    f"expected config.fast_weights as they were inserted, {self.inserted}, got {config.fast_weights}; "
+                    "layers cannot be changed in place: unload() and sleepify() again"
+                )
+            whole: Any = resolve(config)
+            settings = Settings(**{name: getattr(whole, name) for name in SETTINGS})
+            settings.loop_range = tuple(whole.loop_range)
+            if recompute is not None:
+                settings.checkpoint = "none" if not recompute else settings.checkpoint.replace("none", "loop")
+            self._raw, self._settings = raw, settings
+        return self._settings
 
 
 def _fast_weights(asked: FastWeightConfig | None, base: PreTrainedConfig, kinds: list[str]) -> FastWeightConfig:

@@ -40,6 +40,7 @@ class Memory:
             ``kv_lengths[r]`` of the S columns, so that one more token is one more column for every row.
         kv_lengths: entries per row.
         room: columns that stay whether a row has filled them or not, 0 for none; see `with_room`.
+        homes: where each of its tensors came from, if it waits on the CPU, see `parked`.
     """
 
     batch_size: int
@@ -47,6 +48,7 @@ class Memory:
     kv: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     kv_lengths: tuple[int, ...] = ()
     room: int = 0
+    homes: tuple[torch.device, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.kv_lengths:
@@ -71,6 +73,18 @@ class Memory:
             for key, layer in self.state.items()
         }
         return replace(self, state=state, kv={i: (function(k), function(v)) for i, (k, v) in self.kv.items()})
+
+    def parked(self) -> Memory:
+        """The same on the CPU, until it is `fetched`."""
+        homes = tuple(tensor.device for tensor in self.tensors())
+        return replace(self.map(lambda tensor: tensor.to("cpu", non_blocking=True)), homes=homes)
+
+    def fetched(self) -> Memory:
+        """The same where it came from."""
+        if not self.homes:
+            return self
+        home = iter(self.homes)
+        return replace(self.map(lambda tensor: tensor.to(next(home), non_blocking=True)), homes=())
 
     def not_finite(self) -> LayerKey | None:
         """The first layer whose state holds NaN or infinity; looking waits for the device."""

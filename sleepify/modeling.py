@@ -18,15 +18,16 @@ from sleepify import sleep as algorithm
 from sleepify.cache import SleepCache
 from sleepify.checkpoints import SleepCheckpoint
 from sleepify.config import SleepConfig
-from sleepify.defaults import resolve
+from sleepify.defaults import LiveSettings, resolve
 from sleepify.fast_weights import LAYERS, FastWeightLayer
 from sleepify.generation import SleepGeneration
 from sleepify.hosts import Host, host_class
 from sleepify.loss import check_count, summed_cross_entropy
 from sleepify.memory import Memory
+from sleepify.precision import cast_per_use
 from sleepify.rows import Rows
 from sleepify.schedule import Schedule, Sleep, schedule
-from sleepify.settings import SETTINGS, Settings, check_positive
+from sleepify.settings import Settings, check_positive
 from sleepify.snapshot import Snapshot
 
 _INCIDENTAL = {"dtype", "torch_dtype", "architectures", "transformers_version", "_name_or_path", "use_cache"}
@@ -77,8 +78,7 @@ class SleepForCausalLM(SleepGeneration, SleepCheckpoint):
                 module.gradient_checkpointing = False
         # None: as config.checkpoint says.
         self._recompute: bool | None = None
-        self._inserted = replace(config.fast_weights)
-        self._checked: tuple[Any, Settings | None] = (None, None)
+        self._settings = LiveSettings(config.fast_weights)
         self._host: tuple[Any, Host | None] = (None, None)
         self.watch: Callable[[Sleep, Memory], None] | None = None
         # What a saved session must agree with, wherever and in whatever precision the model was loaded.
@@ -108,7 +108,7 @@ class SleepForCausalLM(SleepGeneration, SleepCheckpoint):
         made_of = (id(self.language_model), *map(id, self.fast_weights), settings.loop_range, window)
         known, host = self._host
         if host is None or known != made_of:
-            inserted = dict(zip(self._inserted.layers or [], self.fast_weights, strict=True))
+            inserted = dict(zip(self._settings.inserted.layers or [], self.fast_weights, strict=True))
             host = host_class(self.config.text_config)(self.language_model, inserted, settings.loop_range, window)
             self._host = (made_of, host)
         return host
@@ -200,24 +200,7 @@ class SleepForCausalLM(SleepGeneration, SleepCheckpoint):
         Raises:
             ValueError: for a value that this base cannot have.
         """
-        config: Any = self.config
-        raw = [getattr(config, name) for name in SETTINGS]
-        now = (*(tuple(value) if isinstance(value, list) else value for value in raw), self._recompute)
-        known, settings = self._checked
-        if settings is None or known != now or any(type(a) is not type(b) for a, b in zip(known, now, strict=True)):
-            if config.fast_weights != self._inserted:
-                raise ValueError(
-                    f"expected config.fast_weights as they were inserted, {self._inserted}, got {config.fast_weights}; "
-                    "layers cannot be changed in place: unload() and sleepify() again"
-                )
-            whole = resolve(config)
-            values = {name: getattr(whole, name) for name in SETTINGS}
-            values["loop_range"] = tuple(whole.loop_range)
-            if self._recompute is not None:
-                asked = "loop" if whole.checkpoint == "none" else whole.checkpoint
-                values["checkpoint"] = asked if self._recompute else "none"
-            settings = Settings(**values)
-            self._checked = (now, settings)
+        settings = self._settings.of(self.config, self._recompute)
         return settings if n_loops is None else replace(settings, n_loops=check_positive("n_loops", n_loops))
 
     @can_return_tuple  # type: ignore[untyped-decorator]
@@ -298,9 +281,11 @@ class SleepForCausalLM(SleepGeneration, SleepCheckpoint):
             may_share=settings.may_share and awake is None,
             backprop_windows=settings.backprop_windows if torch.is_grad_enabled() else None,
         )
-        session, pieces = algorithm.read(
-            blocks, session, tokens.ids, plan.rounds, settings, keep=use_cache, watch=self.watch
-        )
+        # Where each pass is recomputed by itself, a cast per pass takes no more memory than one for all.
+        with cast_per_use(settings.checkpoint == "loop"):
+            session, pieces = algorithm.read(
+                blocks, session, tokens.ids, plan.rounds, settings, keep=use_cache, watch=self.watch
+            )
         loss, logits = self._predict(blocks, pieces, plan, tokens, num_items_in_batch, whole=awake is not None)
         if use_cache and cache is not None:
             # What is read outside training is a constant: a session must not hold every graph since its beginning.

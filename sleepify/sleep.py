@@ -76,6 +76,7 @@ def consolidate(
     Returns:
         The state after the last pass and, under sliding eviction, its latest L-1 keys and values.
     """
+    memory = memory.fetched()
     if first is None:
         hidden, frame = blocks.open(window.input_ids, window.lengths, window.positions, memory, settings.sliding)
         hidden, now = _run(settings, blocks, hidden, memory, frame, *plan.prelude)
@@ -95,11 +96,8 @@ def consolidate(
 def wake(
     blocks: Blocks, window: Window, memory: Memory, settings: Settings, keep_keys: bool = True, share: bool = False
 ) -> tuple[Tensor, Memory, FirstPass | None]:
-    """One ordinary pass over the next tokens of a window.
-
-    Returns:
-        Hidden states [B, T, D] before the final norm, memory and, if the window's sleep is to ``share`` the pass, what
-        that goes on with.
+    """One ordinary pass over the next tokens of a window: hidden states [B, T, D] before the final norm, memory and, if
+    the window's sleep is to ``share`` the pass, what that goes on with.
     """
     keep = keep_keys or (share and settings.sliding)
     hidden, frame = blocks.open(window.input_ids, window.lengths, window.positions, memory, keep)
@@ -125,11 +123,9 @@ def sleep(
     plan = passes(settings.n_loops, blocks.loop_range, blocks.last_writer(settings.sliding), settings.backprop_loops)
     with torch.set_grad_enabled(torch.is_grad_enabled() and each.gradient):
         if settings.offload and settings.checkpoint == "window":
-            homes = [tensor.device for tensor in memory.tensors()]
-            parked = memory.map(lambda tensor: tensor.to("cpu", non_blocking=True))
-            after = _recompute(settings, "window", _fetch, homes, blocks, window, parked, plan, settings)
-        else:
-            after = _recompute(settings, "window", consolidate, blocks, window, memory, plan, settings, first)
+            # On the CPU a window boundary costs the accelerator nothing until the backward pass.
+            memory = memory.parked()
+        after = _recompute(settings, "window", consolidate, blocks, window, memory, plan, settings, first)
     if settings.check_finite and (key := after.not_finite()) is not None:
         raise NonFiniteStateError(key, window=max(before.windows[row] for row in each.rows))
     if watch is not None:
@@ -177,12 +173,6 @@ def read(
             hidden_states.append(_pick(hidden, group))
         session = session.append(each, input_ids)
     return session, hidden_states
-
-
-def _fetch(homes: Sequence[torch.device], blocks: Blocks, window: Window, parked: Memory, *rest: Any) -> Memory:
-    """`consolidate` from a memory that waits on the CPU, where a window boundary costs the accelerator nothing."""
-    home = iter(homes)
-    return consolidate(blocks, window, parked.map(lambda tensor: tensor.to(next(home), non_blocking=True)), *rest)
 
 
 def _run(settings: Settings, blocks: Blocks, *arguments: Any) -> tuple[Tensor, Memory]:

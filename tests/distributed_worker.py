@@ -4,7 +4,8 @@
 
 A scenario is a dict: ``name``, ``sleep`` (fields of SleepConfig), ``accumulation``, ``resume`` (go on from step 3 in a
 new trainer), ``spoil`` and ``terminate`` (after so many steps the last rank has a loss that is not a number, or gets a
-SIGTERM), and any training argument. The tests call `run` themselves for what one process makes of the same rows.
+SIGTERM), ``dtype`` (of the base; what was trained is saved), and any training argument. The tests call `run` themselves
+for what one process makes of the same rows.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from families import tiny_base
+from safetensors.torch import save_file
 from small import sleeping
 from torch.utils.data import Dataset
+from transformers import training_args
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from sleepify.training import SleepCollator, SleepTrainer, SleepTrainingArguments
@@ -77,8 +80,9 @@ def build(scenario: dict[str, Any], directory: Path, world: int) -> SleepTrainer
     spoil, terminate = scenario.pop("spoil", None), scenario.pop("terminate", None)
     sleep = scenario.pop("sleep", {})
     accumulation = scenario.pop("accumulation", 1)
+    dtype = getattr(torch, scenario.pop("dtype", "float32"))
     torch.manual_seed(0)
-    base = tiny_base("qwen3", torch.float32, num_hidden_layers=2)
+    base = tiny_base("qwen3", dtype, num_hidden_layers=2)
     model = sleeping(base, **({"n_loops": 2, "window_size": 6, "fast_weights": None} | sleep))
     arguments = {
         "output_dir": str(directory),
@@ -111,6 +115,22 @@ def losses(trainer: SleepTrainer) -> list[float]:
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
+def float32_values(trainer: SleepTrainer) -> dict[str, torch.Tensor]:
+    """What was trained, as the model keeps it, or the optimiser where the model's is narrower, or DeepSpeed."""
+    values = {}
+    for name, parameter in trainer.accelerator.unwrap_model(trainer.model_wrapped).named_parameters():
+        if parameter.requires_grad:
+            if trainer.is_deepspeed_enabled:
+                from deepspeed.utils import safe_get_full_fp32_param
+
+                value = safe_get_full_fp32_param(parameter)
+            else:
+                value = trainer.optimizer.state[parameter].get("master", parameter)
+            value = value.full_tensor() if hasattr(value, "full_tensor") else value
+            values[name.removeprefix("module.")] = value.detach().clone()
+    return values
+
+
 def run(scenario: dict[str, Any], root: Path, world: int) -> dict[str, Any]:
     """Train; losses, and what wrapped the model."""
     directory = root / scenario["name"]
@@ -130,6 +150,10 @@ def run(scenario: dict[str, Any], root: Path, world: int) -> dict[str, Any]:
         "code": code,
         "saved": sorted(os.listdir(directory)),
     }
+    if "dtype" in scenario:
+        values = float32_values(trainer)
+        if trainer.args.process_index == 0:
+            save_file(values, directory / "trained.safetensors")
     if scenario.get("resume"):
         start(scenario)
         resumed = build(scenario, directory, world)
@@ -146,6 +170,9 @@ def start(scenario: dict[str, Any]) -> None:
     GradientState._reset_state()
     for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
         os.environ.pop(name, None)
+    if scenario.get("bf16"):
+        # transformers asks for a GPU.
+        training_args.is_torch_bf16_gpu_available = lambda: True
     if "deepspeed" in scenario:
         # What Accelerate does on a GPU; without one it would find no backend, and DeepSpeed would compile its own.
         import deepspeed

@@ -37,6 +37,9 @@ DISTRIBUTED = Tolerance(1e-4, 0.0)
 DISTRIBUTED_MUON = Tolerance(3e-2, 0.0)
 # bfloat16 results (8 bits) that passed through two or three roundings.
 BFLOAT16 = Tolerance(2**-5, 2**-5)
+# Relative error in norm of a weight's gradient over 96 uses in bfloat16, each of which rounds its inputs and its result
+# (measured: 2.9e-3). Added up in bfloat16 too they are off by 1.2e-2.
+USES_BFLOAT16 = 5e-3
 # Results computed in float32 and rounded to half precision once, against the same in other order: one unit of
 # bfloat16's last place.
 ONE_ROUNDING = Tolerance(1e-5, 2**-7)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sleepify.fast_weights.mixer import Mixer
+from sleepify.fast_weights.parts import Linear
 from sleepify.ops.conv import dynamic_conv
 from sleepify.ops.gated_delta import gated_delta_rule
 
@@ -31,8 +32,8 @@ class KernelGenerator(nn.Module):
         if n_channels < reduction:
             raise ValueError(f"dconv_generator_reduction must be at most the value width {n_channels}, got {reduction}")
         self.width = width
-        self.w1 = nn.Linear(hidden_size, n_channels // reduction, bias=False)
-        self.w2 = nn.Linear(n_channels // reduction, n_channels * width)
+        self.w1 = Linear(hidden_size, n_channels // reduction, bias=False)
+        self.w2 = Linear(n_channels // reduction, n_channels * width)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -4,14 +4,24 @@
 
 Its output projection starts at zero, so that a freshly inserted layer changes nothing. This is the paper's way of
 giving Ouro fast weights (§6.3): Jet layers without MLP between the pretrained blocks.
+
+Its parameters are float32 at least, whatever the dtype of the base: a step of training is smaller than the distance of
+two bfloat16 numbers, and would be rounded away. It computes in the dtype of the hidden states.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from sleepify.fast_weights.mixer import FastWeightState, Mixer
 from sleepify.fast_weights.parts import RMSNorm
+from sleepify.ops.chunking import accumulation_dtype
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class FastWeightLayer(nn.Module):
@@ -27,6 +37,11 @@ class FastWeightLayer(nn.Module):
         self.norm = RMSNorm(mixer.hidden_size, norm_eps)
         self.mixer = mixer
         nn.init.zeros_(self.o_proj.weight)
+        drawn = self.norm.weight
+        if drawn.dtype != accumulation_dtype(drawn) and not hasattr(drawn, "ds_id"):
+            # Built under a default dtype of half precision, as transformers does. (ZeRO-3 has float32 copies.)
+            self.float()
+            self.reset_parameters()
 
     @property
     def o_proj(self) -> nn.Linear:
@@ -38,6 +53,21 @@ class FastWeightLayer(nn.Module):
         self.norm.reset_parameters()
         self.mixer.reset_parameters()
         nn.init.zeros_(self.o_proj.weight)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What moves and converts modules ends here: ``half()`` and the like leave float32, all else does as it says.
+
+        DeepSpeed converts past this: its 16 bits are copies of float32 weights that it trains.
+        """
+
+        def kept(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if not result.is_floating_point() or tensor.dtype != accumulation_dtype(tensor):
+                return result
+            wide = accumulation_dtype(result)
+            return result if result.dtype == wide else tensor.to(device=result.device, dtype=wide)
+
+        return super()._apply(kept, recurse)
 
     def forward(
         self, hidden_states: Tensor, state: FastWeightState | None = None, lengths: Tensor | None = None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sleepify.fast_weights.parts import GatedRMSNorm, ShortConv
+from sleepify.fast_weights.parts import GatedRMSNorm, Linear, ShortConv
 from sleepify.ops.chunking import accumulation_dtype
 
 if TYPE_CHECKING:
@@ -55,16 +55,16 @@ class Mixer(nn.Module, ABC):
                 f"write expand_v with more digits, rounded up"
             )
         self.key_width, self.value_width = num_heads * head_dim, num_heads * self.value_dim
-        self.q_proj = nn.Linear(hidden_size, self.key_width, bias=False)
-        self.k_proj = nn.Linear(hidden_size, self.key_width, bias=False)
-        self.v_proj = nn.Linear(hidden_size, self.value_width, bias=False)
-        self.a_proj = nn.Linear(hidden_size, num_heads, bias=False)
-        self.b_proj = nn.Linear(hidden_size, num_heads, bias=False)
-        self.g_proj = nn.Linear(hidden_size, self.value_width, bias=False)
+        self.q_proj = Linear(hidden_size, self.key_width, bias=False)
+        self.k_proj = Linear(hidden_size, self.key_width, bias=False)
+        self.v_proj = Linear(hidden_size, self.value_width, bias=False)
+        self.a_proj = Linear(hidden_size, num_heads, bias=False)
+        self.b_proj = Linear(hidden_size, num_heads, bias=False)
+        self.g_proj = Linear(hidden_size, self.value_width, bias=False)
         self.A_log = nn.Parameter(torch.empty(num_heads))
         self.dt_bias = nn.Parameter(torch.empty(num_heads))
         self.o_norm = GatedRMSNorm(self.value_dim, norm_eps)
-        self.o_proj = nn.Linear(self.value_width, hidden_size, bias=False)
+        self.o_proj = Linear(self.value_width, hidden_size, bias=False)
         self._reset_decay()
 
     @classmethod

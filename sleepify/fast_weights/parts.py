@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,6 +37,44 @@ class GatedRMSNorm(RMSNorm):
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
         return (self._scaled(x) * F.silu(gate.to(accumulation_dtype(gate)))).to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` in the dtype of its input, or autocast's, whatever that of the weight.
+
+    A weight that is wider (float32 in a bfloat16 model) collects its gradient in its own dtype, use by use: N passes
+    over every window use it often, and a sum of many small terms is what bfloat16 is worst at.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        if x.dtype == self.weight.dtype:
+            return F.linear(x, self.weight, self.bias)
+        result: Tensor = CastLinear.apply(x, self.weight, self.bias)
+        return result
+
+
+class CastLinear(torch.autograd.Function):
+    """x [...,D] times a weight [E,D] of another dtype, plus a bias [E], computed in x's dtype.
+
+    The backward pass casts the weight once more. Otherwise every use would keep a copy of it until then.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        grad_x = grad @ weight.to(grad.dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = (rows.mT @ x.flatten(0, -2)).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        grad_bias = rows.sum(0, dtype=weight.dtype) if ctx.needs_input_grad[2] else None
+        return grad_x, grad_weight, grad_bias
 
 
 class ShortConv(nn.Module):

@@ -6,7 +6,9 @@ of embeddings and heads belong to tokens, and a gate's to one number each: those
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -168,6 +170,10 @@ class MuonAdamW(torch.optim.Optimizer):
     """`torch.optim.Muon` and `torch.optim.AdamW` behind one interface, so that schedulers, Accelerate and checkpoints
     see one optimiser: its groups are theirs, and its state is theirs.
 
+    A parameter narrower than float32 has a float32 copy in its state, under "master": that is updated, and rounded to
+    the parameter. A step of the recipes' size is less than half the distance of two bfloat16 numbers and would be lost.
+    Nothing but this optimiser may change such a parameter between two steps.
+
     Args:
         groups: parameter groups, each with ``algorithm`` "muon" or "adamw", ``lr`` and ``weight_decay``.
         momentum: of Muon (Nesterov).
@@ -194,6 +200,19 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__setstate__(state)
         self._share()
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but float32 state stays so: torch rounds it to the dtype of its parameter."""
+        super().load_state_dict(state_dict)
+        saved, own = (
+            chain.from_iterable(group["params"] for group in groups)
+            for groups in (state_dict["param_groups"], self.param_groups)
+        )
+        for index, parameter in zip(saved, own, strict=True):
+            if _is_narrow(parameter):
+                for key, value in state_dict["state"].get(index, {}).items():
+                    if isinstance(value, Tensor) and key != "step":
+                        self.state[parameter][key] = value.to(parameter.device, torch.float32)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
@@ -202,8 +221,39 @@ class MuonAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for part in self._parts.values():
-            part.step()
+            with self._masters(part):
+                part.step()
         return loss
+
+    @contextmanager
+    def _masters(self, part: torch.optim.Optimizer) -> Iterator[None]:
+        """Put float32 copies in the place of narrower parameters, and round them to those at the end."""
+        groups = part.param_groups
+        trained = [p for group in groups for p in group["params"] if p.grad is not None]
+        masters = {p: self.state[p].get("master", None) for p in trained if _is_narrow(p)}
+        if not masters:
+            yield
+            return
+        for parameter, master in masters.items():
+            if master is None:
+                masters[parameter] = master = parameter.detach().float()
+            master.grad = parameter.grad.float()
+            # AdamW takes a state that is not empty for its own.
+            self.state[master] = {key: value for key, value in self.state[parameter].items() if key != "master"}
+        part.param_groups = [group | {"params": [masters.get(p, p) for p in group["params"]]} for group in groups]
+        try:
+            yield
+        finally:
+            part.param_groups = groups
+            for parameter, master in masters.items():
+                master.grad = None
+                self.state[parameter] = self.state.pop(master) | {"master": master}
+                parameter.copy_(master)
+
+
+def _is_narrow(parameter: Tensor) -> bool:
+    """Whether its numbers are too far apart to be trained in place."""
+    return parameter.dtype in (torch.bfloat16, torch.float16)
 
 
 def _shape(parameter: Tensor) -> torch.Size:

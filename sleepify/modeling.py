@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
@@ -33,7 +33,7 @@ from sleepify.snapshot import Snapshot
 _INCIDENTAL = {"dtype", "torch_dtype", "architectures", "transformers_version", "_name_or_path", "use_cache"}
 
 
-class SleepForCausalLM(SleepGeneration, SleepCheckpoint):
+class SleepForCausalLM(SleepGeneration, SleepCheckpoint, GenerationMixin):  # transformers looks for the last by name
     """A base model that consolidates full windows of its context into fast weights.
 
     Made by `sleepify.sleepify(base)` or loaded with ``from_pretrained``. Contains the base as ``language_model`` and

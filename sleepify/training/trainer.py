@@ -30,11 +30,10 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from sleepify.config import SleepConfig
 from sleepify.errors import SleepifyError
 from sleepify.manifest import check
-from sleepify.memory import LayerKey, Memory
 from sleepify.modeling import SleepForCausalLM
-from sleepify.schedule import Sleep
 from sleepify.training.arguments import SleepTrainingArguments
 from sleepify.training.data import SleepCollator, TaskDataset
+from sleepify.training.norms import state_norms
 from sleepify.training.optim import build_deepspeed_optimizer, build_optimizer, idle_layers
 from sleepify.training.rounds import equalise
 from sleepify.training.runs import describe_run, read_manifest, remove_drafts, whole_or_not_at_all, write_manifest
@@ -376,28 +375,3 @@ class _RestoreProgress(TrainerCallback):
 def _sleeping(model: nn.Module) -> SleepForCausalLM:
     """The model itself, or what peft has put itself around."""
     return next(module for module in model.modules() if isinstance(module, SleepForCausalLM))
-
-
-@contextmanager
-def state_norms(model: SleepForCausalLM) -> Iterator[dict[str, float]]:
-    """Norm of each layer's fast weights after the latest sleep of each row, the mean over rows; by layer of the base.
-
-    Filled when the context ends.
-    """
-    latest: dict[LayerKey, dict[int, Tensor]] = {}
-    norms: dict[str, float] = {}
-
-    def note(each: Sleep, memory: Memory) -> None:
-        for key, layer in memory.state.items():
-            if layer.recurrent is not None:
-                sizes = layer.recurrent.detach().flatten(1).norm(dim=1)
-                latest.setdefault(key, {}).update(zip(each.rows, sizes.unbind(), strict=True))
-
-    model.watch = note
-    try:
-        yield norms
-    finally:
-        model.watch = None
-    for (index, inserted), rows in sorted(latest.items()):
-        place = "inserted_after" if inserted else "layer"
-        norms[f"state_norm/{place}_{index}"] = torch.stack(list(rows.values())).mean().item()

@@ -84,7 +84,7 @@ def marks_of(marks, which: tl.constexpr, number):
 def products(
     x, y, row_stride_x, row_stride_y, n_rows, KEY: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """x_i . y_j over all of K, [CHUNK, CHUNK]. Of rows as loaded, not normalised: so half precision is exact in TF32."""
+    """x_i . y_j over all of K, [CHUNK, CHUNK]. Of rows as loaded, not normalised: half precision is exact in TF32."""
     result = tl.zeros((CHUNK, CHUNK), tl.float32)
     for column in range(0, KEY, BLOCK_K):
         left = tile(x, n_rows, row_stride_x, column, KEY, BLOCK_K)
@@ -113,7 +113,7 @@ def unit_lower_inverse(matrix):
     spread = tl.where(over == down, inverse[:, :, None, :], 0.0)
     result = tl.reshape(spread, (CHUNK, CHUNK))
     i, j = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
-    for level in tl.static_range(2):
+    for level in range(2):
         half = _BLOCK * (level + 1)
         below = tl.where((i // half != j // half) & (i // (2 * half) == j // (2 * half)), matrix, 0.0)
         product = tl.dot(result, below, input_precision="tf32x3")

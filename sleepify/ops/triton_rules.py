@@ -68,12 +68,14 @@ class _Launch:
         self.n_pairs, self.n_chunks = batch * self.n_heads, triton.cdiv(self.n_tokens, _CHUNK)
         self.block_k, self.block_v = (min(64, _power(width)) for width in (self.key_dim, self.value_dim))
         self.by_chunk = (self.n_chunks, self.n_pairs)
-        self.tiles_k = triton.cdiv(self.key_dim, self.block_k)
         strides = [stride for x in (q, k, v) for stride in x.stride()[:2]]
         self.qk, self.k, self.kv, self.qkv = strides[:4], strides[2:4], strides[2:], strides
         self.sizes = (self.n_tokens, self.n_heads)
         self.scaled = (*self.sizes, scale)
         self.blocks = {"BLOCK_K": self.block_k, "BLOCK_V": self.block_v}
+        # For the two that keep several products at once: blocks of 64 do not fit into 255 registers a thread.
+        self.small = {"BLOCK_K": min(32, self.block_k), "BLOCK_V": min(32, self.block_v), "num_stages": 2}
+        self.tiles_k = triton.cdiv(self.key_dim, self.small["BLOCK_K"])
         self.widths = {"KEY": self.key_dim, "VALUE": self.value_dim}
         self.rule = {"DELTA": delta, "PRECISION": precision}
         # The walk over the chunks is by columns of V, the narrower the more programs there are for the whole GPU. With
@@ -210,11 +212,11 @@ def chunked_rule_backward(
         )
         backward.values_back[at.by_chunk](
             q, k, v, g, beta, marks, inverse, x, do, dx, dv, dread, dpairs, inside, *at.qkv, *at.scaled,
-            **at.widths, **at.blocks, **at.rule,
+            **at.widths, **at.small, **at.rule,
         )  # fmt: skip
         backward.keys_back[(*at.by_chunk, at.tiles_k)](
             q, k, beta, marks, x, dx, do, states, dstates, dread, dpairs, dq_normal, dk_normal, partial,
-            *at.qk, *at.scaled, **at.widths, **at.blocks, **at.rule,
+            *at.qk, *at.scaled, **at.widths, **at.small, **at.rule,
         )  # fmt: skip
         backward.finish[at.by_chunk](
             q, k, marks, dq_normal, dk_normal, inside, partial, dq, dk, dg, dbeta, *at.qk, *at.sizes,

@@ -19,6 +19,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Kernels are compiled once for all numbers of tokens and heads, and so are those that were tried out once.
+SIZES = ("n_tokens", "n_heads")
 CHUNK = tl.constexpr(64)
 _BLOCK = tl.constexpr(16)  # of the forward substitution
 _BLOCKS = tl.constexpr(4)
@@ -121,7 +123,7 @@ def unit_lower_inverse(matrix):
     return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def prepare(
     q,
     k,
@@ -170,7 +172,7 @@ def prepare(
         put_tile(inverse + number * CHUNK * CHUNK, result, CHUNK, CHUNK, 0, CHUNK, CHUNK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def solve(
     k,
     v,
@@ -214,7 +216,7 @@ def solve(
         put_tile(u + first * VALUE, value, CHUNK, VALUE, column, VALUE, BLOCK_V)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def carry_states(
     k,
     marks,
@@ -270,7 +272,7 @@ def read_matrix(
     return matrix * decay_matrix(gates_of(g, row, head, start, n_rows, n_tokens, n_heads))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def read_out(
     q,
     k,

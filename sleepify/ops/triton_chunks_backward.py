@@ -18,6 +18,7 @@ import triton.language as tl
 
 from sleepify.ops.triton_chunks import (
     CHUNK,
+    SIZES,
     decay_matrix,
     gates_of,
     marks_of,
@@ -30,7 +31,7 @@ from sleepify.ops.triton_chunks import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def spread_back(
     q,
     k,
@@ -67,7 +68,7 @@ def spread_back(
         put_tile(dx + number * CHUNK * VALUE, value, CHUNK, VALUE, column, VALUE, BLOCK_V)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def carry_back(
     q,
     k,
@@ -121,7 +122,7 @@ def carry_back(
     tl.store(dinitial + of_pair + cells, dstate, mask=exist)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def values_back(
     q,
     k,
@@ -202,7 +203,7 @@ def values_back(
     tl.store(partial + 2 * first + CHUNK + tl.arange(0, CHUNK), dstrength)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def keys_back(
     q,
     k,
@@ -289,7 +290,7 @@ def keys_back(
     tl.store(partial + CHUNK, duntil)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def finish(
     q,
     k,

@@ -25,9 +25,9 @@ MAX_KEY_DIM = 256  # a program holds 64 whole keys in shared memory
 _CHUNK = forward.CHUNK.value
 
 
-def precision_for(dtype: torch.dtype) -> str:
+def _precision(*inputs: Tensor) -> str:
     """How products of these inputs are made: "tf32" for half precision, "tf32x3" for float32."""
-    return "tf32x3" if dtype == torch.float32 else "tf32"
+    return "tf32x3" if any(x.dtype == torch.float32 for x in inputs) else "tf32"
 
 
 def run_rule(
@@ -48,13 +48,11 @@ def run_rule(
     Args:
         q, k, v, g, beta, state, scale, qk_l2norm: as in ``gated_delta_rule``; float16, bfloat16 or float32 each.
         delta: which of the two rules.
-        precision: "tf32", "tf32x3" or "ieee"; None takes ``precision_for`` the widest of q, k and v.
+        precision: "tf32", "tf32x3" or "ieee"; None is "tf32x3" where q, k or v is float32, else "tf32".
 
     Returns:
         o [B,T,H,V] in v's dtype, and the last state [B,H,K,V] in float32.
     """
-    if precision is None:
-        precision = precision_for(torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype))
     o, final, _, _ = chunked_rule(q, k, v, g, beta, state, scale, qk_l2norm, delta, precision)
     return o, final
 
@@ -62,7 +60,7 @@ def run_rule(
 class _Launch:
     """What the kernels of one call share: sizes, strides, grids, empty results."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, delta: bool, precision: str) -> None:
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, delta: bool, precision: str | None) -> None:
         batch, self.n_tokens, self.n_heads, self.key_dim = q.shape
         self.value_dim, self.device = v.shape[-1], v.device
         self.n_pairs, self.n_chunks = batch * self.n_heads, triton.cdiv(self.n_tokens, _CHUNK)
@@ -77,7 +75,8 @@ class _Launch:
         self.small = {"BLOCK_K": min(32, self.block_k), "BLOCK_V": min(32, self.block_v), "num_stages": 2}
         self.tiles_k = triton.cdiv(self.key_dim, self.small["BLOCK_K"])
         self.widths = {"KEY": self.key_dim, "VALUE": self.value_dim}
-        self.rule = {"DELTA": delta, "PRECISION": precision}
+        self.precision = {"PRECISION": precision or _precision(q, k, v)}
+        self.rule = {"DELTA": delta, **self.precision}
         # The walk over the chunks is by columns of V, the narrower the more programs there are for the whole GPU. With
         # whole keys in shared memory nothing is left for loads ahead of their use when K is beyond 128.
         wide = self.key_dim > 128
@@ -129,7 +128,7 @@ def chunked_rule(
     scale: float,
     qk_l2norm: bool,
     delta: bool,
-    precision: str,
+    precision: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """o, the last state, and for the backward pass the marks and R."""
     q, k, v, g, beta = _rows(q), _rows(k), _rows(v), g.contiguous(), beta.contiguous()
@@ -145,25 +144,14 @@ def chunked_rule(
         )  # fmt: skip
         _, x, states, final = at.states(k, v, beta, state, marks, inverse)
         forward.read_out[at.by_chunk](
-            q, k, g, marks, x, states, o, *at.qk, *at.scaled, **at.widths, **at.blocks, PRECISION=precision
+            q, k, g, marks, x, states, o, *at.qk, *at.scaled, **at.widths, **at.blocks, **at.precision
         )
     return o, final, marks, inverse
 
 
 @chunked_rule.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state: Tensor | None,
-    scale: float,
-    qk_l2norm: bool,
-    delta: bool,
-    precision: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, n_tokens, n_heads, key_dim = q.shape
+def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (batch, n_tokens, n_heads, key_dim), delta = q.shape, others[5]
     n_chunks = (n_tokens + _CHUNK - 1) // _CHUNK
     single = {"dtype": torch.float32, "device": v.device}
     return (
@@ -189,7 +177,7 @@ def chunked_rule_backward(
     scale: float,
     qk_l2norm: bool,
     delta: bool,
-    precision: str,
+    precision: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v, g, beta, in their dtypes, and of the state, in float32."""
     q, k, v, g, beta, do = _rows(q), _rows(k), _rows(v), g.contiguous(), beta.contiguous(), do.contiguous()
@@ -205,7 +193,7 @@ def chunked_rule_backward(
         w, x, states, _ = at.states(k, v, beta, state, marks, inverse)
         dstates = torch.empty_like(states)
         backward.spread_back[at.by_chunk](
-            q, k, g, marks, do, dx, *at.qk, *at.scaled, **at.widths, **at.blocks, PRECISION=precision
+            q, k, g, marks, do, dx, *at.qk, *at.scaled, **at.widths, **at.blocks, **at.precision
         )
         backward.carry_back[at.by_column](
             q, k, marks, w, do, dfinal, dx, dstates, dstate, *at.qk, *at.scaled, **at.widths, **at.walk, **at.rule
@@ -226,23 +214,8 @@ def chunked_rule_backward(
 
 
 @chunked_rule_backward.register_fake
-def _(
-    do: Tensor,
-    dfinal: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state: Tensor | None,
-    marks: Tensor,
-    inverse: Tensor,
-    scale: float,
-    qk_l2norm: bool,
-    delta: bool,
-    precision: str,
-) -> tuple[Tensor, ...]:
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, g, beta, dfinal))
+def _(do: Tensor, dfinal: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (*inputs[:5], dfinal))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

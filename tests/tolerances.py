@@ -31,6 +31,9 @@ FLOAT32 = Tolerance(1e-5, 1e-5)
 ROUNDING32 = 1e-6
 # The same behind exp(-50): the exponent's own rounding, half of 3.8e-6.
 DECAYED32 = 3e-6
+# flash-linear-attention in float32, uncompiled: it takes decays as differences of running sums (measured: 6e-7; wider
+# for its own ways of summing in other versions).
+FLA32 = 1e-5
 # Half precision inputs and results as a relative error in norm: a rounding to 8 bits is 1.7e-3, cutting off 3.4e-3 (as
 # Triton's interpreter does), and products on tensor cores add 4e-4.
 HALF_IN_NORM = 6e-3

@@ -411,6 +411,7 @@ def test_where_the_backward_is_faulty(
     monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=triton))
     monkeypatch.setitem(sys.modules, "fla", SimpleNamespace(__version__=fla))
     monkeypatch.setattr(kernels, "_load", lambda module, name: (print, ""))
+    monkeypatch.setattr(kernels, "_trial", lambda *sizes: "")
     kernels._backward_fault.cache_clear()
     assert bool(kernels._backward_fault()) == faulty
     assert ("wherever gradients are taken" in ops.describe()["gated_delta_rule on cuda"]) == faulty
@@ -494,6 +495,7 @@ def test_triton_that_cannot_compile_is_found_out_beforehand(error: Exception, mo
     def fail(convolve: object) -> None:
         raise error
 
+    monkeypatch.setattr(kernels, "_trial", lambda *sizes: "no GPU")
     kernels._load.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "sleepify.ops.triton_conv", SimpleNamespace(convolve=print))
@@ -517,6 +519,7 @@ def test_cpu_tensors_never_reach_a_kernel(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_describe_names_every_operation_and_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_trial", lambda *sizes: "no GPU")
     kernels._load.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     rows, names = ops.describe(), ("gated_delta_rule", "gated_hebbian_rule", "short_conv", "dynamic_conv")

@@ -119,7 +119,11 @@ def _rule(module: str, name: str, scale: float, qk_l2norm: bool) -> Callable[...
 
 def _conv(module: str, name: str, activation: str | None) -> Callable[..., tuple[Tensor]]:
     function = getattr(importlib.import_module(module), name)
-    return lambda *tensors: (run_causal_conv1d(function, *tensors, activation).contiguous(),)
+
+    def convolve(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor]:
+        return (run_causal_conv1d(function, inputs, weight, bias, activation).contiguous(),)
+
+    return convolve
 
 
 def _gradients(
@@ -163,9 +167,8 @@ def fla_rule(
 
 @fla_rule.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    batch, _, n_heads, key_dim = q.shape
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    return o, v.new_empty(batch, n_heads, key_dim, v.shape[-1], dtype=torch.float32)
+    return o, v.new_empty(q.shape[0], *q.shape[2:], v.shape[-1], dtype=torch.float32)
 
 
 @custom_op("sleepify::fla_rule_backward", mutates_args=())

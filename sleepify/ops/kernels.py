@@ -10,6 +10,7 @@ function returns None where PyTorch is to be used.
 torch.compile does not see how it is chosen: what is installed and right is a constant of a graph, found out by Python
 while the graph is made, and every kernel is one operation in it.
 """
+# mypy: disallow-untyped-decorators=False
 
 from __future__ import annotations
 

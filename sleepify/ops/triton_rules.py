@@ -74,6 +74,7 @@ class _Launch:
         # For the two that keep several products at once: blocks of 64 do not fit into 255 registers a thread.
         self.small = {"BLOCK_K": min(32, self.block_k), "BLOCK_V": min(32, self.block_v), "num_stages": 2}
         self.tiles_k = triton.cdiv(self.key_dim, self.small["BLOCK_K"])
+        self.by_chunk_and_key = (*self.by_chunk, self.tiles_k)
         self.widths = {"KEY": self.key_dim, "VALUE": self.value_dim}
         self.precision = {"PRECISION": precision or _precision(q, k, v)}
         self.rule = {"DELTA": delta, **self.precision}
@@ -153,7 +154,7 @@ def chunked_rule(
 def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (batch, n_tokens, n_heads, key_dim), delta = q.shape, others[5]
     n_chunks = (n_tokens + _CHUNK - 1) // _CHUNK
-    single = {"dtype": torch.float32, "device": v.device}
+    single: dict[str, Any] = {"dtype": torch.float32, "device": v.device}
     return (
         torch.empty(v.shape, dtype=v.dtype, device=v.device),
         torch.empty(batch, n_heads, key_dim, v.shape[-1], **single),
@@ -202,7 +203,7 @@ def chunked_rule_backward(
             q, k, v, g, beta, marks, inverse, x, do, dx, dv, dread, dpairs, inside, *at.qkv, *at.scaled,
             **at.widths, **at.small, **at.rule,
         )  # fmt: skip
-        backward.keys_back[(*at.by_chunk, at.tiles_k)](
+        backward.keys_back[at.by_chunk_and_key](
             q, k, beta, marks, x, dx, do, states, dstates, dread, dpairs, dq_normal, dk_normal, partial,
             *at.qk, *at.scaled, **at.widths, **at.small, **at.rule,
         )  # fmt: skip

@@ -19,6 +19,7 @@ def on_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
     monkeypatch.setattr(command, "installed_version", lambda package: None if package in command.OPTIONAL else "1.0")
     monkeypatch.setattr(kernels, "_load", lambda module, name: (None, f"{module.split('.')[0]} is not installed"))
+    monkeypatch.setattr(kernels, "_trial", lambda *sizes: "")
 
 
 def test_the_command_reports_versions_operations_and_families(capsys):

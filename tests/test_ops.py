@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,13 @@ RULES = {
     "hebbian": (gated_hebbian_rule, ops.gated_hebbian_chunked, ops.gated_hebbian_reference),
 }
 NAMES = ("q", "k", "v", "g", "beta", "state")
+
+
+@pytest.fixture(autouse=True)
+def no_trial_is_remembered() -> Iterator[None]:
+    """Trials of what a test puts in place of the kernels."""
+    yield
+    kernels._trial.cache_clear()
 
 
 def make_inputs(
@@ -297,6 +305,7 @@ class FakeKernels:
         self.calls: list[tuple[str, dict[str, Any]]] = []
         monkeypatch.setattr(kernels, "_on_cuda", lambda x: True)
         monkeypatch.setattr(kernels, "_backward_fault", lambda: "")
+        monkeypatch.setattr(kernels, "_trial", lambda *sizes: "")
         monkeypatch.setattr(kernels, "_load", lambda module, name: (getattr(self, name), ""))
 
     def _delta(self, name: str, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -321,6 +330,10 @@ class FakeKernels:
         ones = torch.ones_like(arguments["g"])
         q, k, v, g = (arguments[key] for key in ("q", "k", "v", "g"))
         return ops.gated_hebbian_reference(q, k, v, g, ones, arguments["initial_state"], scale=arguments["scale"])
+
+    def run_rule(self, *tensors: Tensor, delta: bool, **keywords: Any) -> tuple[Tensor, Tensor]:
+        self.calls.append(("ours", {"delta": delta}))
+        return (ops.gated_delta_reference if delta else ops.gated_hebbian_reference)(*tensors, **keywords)
 
     def convolve(self, inputs: Tensor, kernels: Tensor, activation: str | None) -> Tensor:
         self.calls.append(("dynamic", {"inputs": inputs}))
@@ -369,11 +382,12 @@ def test_a_faulty_backward_is_not_used(rule: str, monkeypatch: pytest.MonkeyPatc
     fake = FakeKernels(monkeypatch)
     monkeypatch.setattr(kernels, "_backward_fault", lambda: "wrong")
     inputs = make_inputs(0, 3, dtype=torch.bfloat16)
+    inputs[5] = inputs[5].float()
     function(*inputs[:5], inputs[5].requires_grad_(), scale=1.0)
-    assert fake.calls == []
+    assert fake.calls == [("ours", {"delta": rule == "delta"})]
     with torch.no_grad():
         function(*inputs, scale=1.0)
-    assert len(fake.calls) == 1
+    assert len(fake.calls) == 2 and fake.calls[1][0] != "ours"
 
 
 @pytest.mark.parametrize(
@@ -397,21 +411,50 @@ def test_where_the_backward_is_faulty(
     monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=triton))
     monkeypatch.setitem(sys.modules, "fla", SimpleNamespace(__version__=fla))
     monkeypatch.setattr(kernels, "_load", lambda module, name: (print, ""))
+    monkeypatch.setattr(kernels, "_trial", lambda *sizes: "")
     kernels._backward_fault.cache_clear()
     assert bool(kernels._backward_fault()) == faulty
     assert ("wherever gradients are taken" in ops.describe()["gated_delta_rule on cuda"]) == faulty
     kernels._backward_fault.cache_clear()
 
 
-@pytest.mark.parametrize(
-    "changes", [{"dtype": torch.float32}, {"dtype": torch.float64}, {"key_dim": 258}, {"value_dim": 5}]
-)
+@pytest.mark.parametrize("changes", [{"dtype": torch.float64}, {"key_dim": 258}, {"n_tokens": 1, "value_dim": 5}])
 def test_inputs_that_a_kernel_cannot_take_go_to_pytorch(changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeKernels(monkeypatch)
-    inputs = make_inputs(0, 3, **{"dtype": torch.bfloat16, **changes})
+    inputs = make_inputs(0, **{"n_tokens": 3, "dtype": torch.bfloat16, **changes})
     gated_delta_rule(*inputs, scale=1.0)
     gated_hebbian_rule(*inputs, scale=1.0)
     assert fake.calls == []
+
+
+@pytest.mark.parametrize("changes", [{"dtype": torch.float32}, {"dtype": torch.bfloat16, "value_dim": 5}])
+def test_inputs_that_fla_cannot_take_go_to_our_kernels(changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeKernels(monkeypatch)
+    inputs = make_inputs(0, 3, **changes)
+    gated_delta_rule(*inputs, scale=1.0)
+    gated_hebbian_rule(*inputs, scale=1.0)
+    assert fake.calls == [("ours", {"delta": True}), ("ours", {"delta": False})]
+
+
+def test_a_trial_that_fails_leaves_the_rule_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def miscompiled(*arguments: object) -> None:
+        raise ArithmeticError("gradient of q is off by 3e-1")
+
+    def run(*inputs: Tensor, **keywords: object) -> tuple[Tensor, Tensor]:
+        raise AssertionError("was used")
+
+    monkeypatch.setattr(kernels, "_on_cuda", lambda x: True)
+    monkeypatch.setattr(kernels, "_load", lambda module, name: (run if "sleepify" in module else None, "no fla"))
+    monkeypatch.setattr(kernels.trials, "try_rule", miscompiled)
+    inputs = make_inputs(0, 3, dtype=torch.float32)
+    with pytest.warns(UserWarning, match="gated delta rule fails its trial at torch.float32, K = 8, V = 6: gradient"):
+        actual, _ = gated_delta_rule(*inputs, scale=1.0)
+    assert torch.equal(actual, ops.gated_delta_chunked(*inputs, scale=1.0)[0])
+    with warnings.catch_warnings(action="error"):  # once
+        gated_delta_rule(*inputs, scale=1.0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.warns(UserWarning, match="Hebbian"):
+        assert "off by 3e-1" in ops.describe()["gated_hebbian_rule on cuda"]
 
 
 def test_short_conv_kernel_continues_from_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -452,10 +495,11 @@ def test_triton_that_cannot_compile_is_found_out_beforehand(error: Exception, mo
     def fail(convolve: object) -> None:
         raise error
 
+    monkeypatch.setattr(kernels, "_trial", lambda *sizes: "no GPU")
     kernels._load.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "sleepify.ops.triton_conv", SimpleNamespace(convolve=print))
-    monkeypatch.setattr(kernels, "_try_out", fail)
+    monkeypatch.setattr(kernels.trials, "try_convolution", fail)
     assert f"does not load: {error}" in ops.describe()["dynamic_conv on cuda"]
     monkeypatch.setattr(kernels, "_on_cuda", lambda x: True)
     assert kernels.dynamic_conv_kernel(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1, 1)) is None
@@ -475,6 +519,7 @@ def test_cpu_tensors_never_reach_a_kernel(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_describe_names_every_operation_and_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_trial", lambda *sizes: "no GPU")
     kernels._load.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     rows, names = ops.describe(), ("gated_delta_rule", "gated_hebbian_rule", "short_conv", "dynamic_conv")

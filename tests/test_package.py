@@ -64,7 +64,10 @@ EDGES: dict[str, set[str]] = {
 }
 
 # Modules that are loaded where a package beyond the base dependencies is at hand, and the package.
-OPTIONAL = {"sleepify.ops.triton_conv": "triton"}
+OPTIONAL = {
+    f"sleepify.ops.{name}": "triton"
+    for name in ("triton_chunks", "triton_chunks_backward", "triton_conv", "triton_rules")
+}
 
 # Words that stand for code from strangers; written apart, so that this file may be searched too.
 FORBIDDEN = {

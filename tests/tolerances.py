@@ -29,6 +29,14 @@ PARITY = Tolerance(1e-4, 1e-5)
 FLOAT32 = Tolerance(1e-5, 1e-5)
 # The same as a relative error in norm, where single entries do not matter: a few units of float32's 6e-8.
 ROUNDING32 = 1e-6
+# The same behind exp(-50): the exponent's own rounding, half of 3.8e-6.
+DECAYED32 = 3e-6
+# flash-linear-attention in float32, uncompiled: it takes decays as differences of running sums (measured: 6e-7; wider
+# for its own ways of summing in other versions).
+FLA32 = 1e-5
+# Half precision inputs and results as a relative error in norm: a rounding to 8 bits is 1.7e-3, cutting off 3.4e-3 (as
+# Triton's interpreter does), and products on tensor cores add 4e-4.
+HALF_IN_NORM = 6e-3
 # Losses of a few steps of training, on two processes or one, recomputed or not: the same sums in another order, which
 # AdamW's division by small second moments enlarges (measured: 2e-5).
 DISTRIBUTED = Tolerance(1e-4, 0.0)

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.library import custom_op
 
 _TOKENS, _CHANNELS = 16, 128  # of one program, at most
 
@@ -34,40 +34,64 @@ def convolve(inputs: Tensor, kernels: Tensor, activation: str | None) -> Tensor:
     Returns:
         [B,T,C] in the dtype of ``inputs``.
     """
-    if inputs.stride()[1:] != (inputs.shape[2], 1):
-        inputs = inputs.contiguous()
-    return _Convolution.apply(inputs, kernels.contiguous(), activation == "silu")
+    result: Tensor = dynamic_conv(inputs, kernels, activation)
+    return result
 
 
-class _Convolution(torch.autograd.Function):
-    """Saves its inputs and nothing else: the backward pass computes z again."""
+@custom_op("sleepify::dynamic_conv", mutates_args=())
+def dynamic_conv(inputs: Tensor, kernels: Tensor, activation: str | None) -> Tensor:
+    """An operation that torch.compile leaves whole. Saves its inputs only: the backward pass computes z again."""
+    inputs, kernels = _rows(inputs), kernels.contiguous()
+    y = torch.empty(kernels.shape[:-1], dtype=inputs.dtype, device=inputs.device)
+    grid, sizes = _launch(y, kernels.shape[-1])
+    with torch.cuda.device_of(inputs):  # Triton launches on the current device, wherever the tensors are
+        _forward[grid](inputs, kernels, y, inputs.stride(0), SILU=activation == "silu", **sizes)
+    return y
 
-    @staticmethod
-    def forward(ctx: Any, inputs: Tensor, kernels: Tensor, silu: bool) -> Tensor:
-        ctx.save_for_backward(inputs, kernels)
-        ctx.silu = silu
-        y = torch.empty(kernels.shape[:-1], dtype=inputs.dtype, device=inputs.device)
-        grid, sizes = _launch(y, kernels.shape[-1])
-        with torch.cuda.device_of(inputs):  # Triton launches on the current device, wherever the tensors are
-            _forward[grid](inputs, kernels, y, inputs.stride(0), SILU=silu, **sizes)
-        return y
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
-        inputs, kernels = ctx.saved_tensors
-        dy, width = dy.contiguous(), kernels.shape[-1]
-        dinputs = torch.empty(inputs.shape, dtype=inputs.dtype, device=inputs.device)
-        dkernels = torch.empty_like(kernels)
-        # A float32 copy of the gradient before the activation, W times smaller than the kernels: with it no program
-        # needs the pre-activations of its neighbours.
-        dz = torch.empty(dy.shape, dtype=torch.float32, device=dy.device) if ctx.silu else dy
-        with torch.cuda.device_of(inputs):
-            grid, sizes = _launch(dy, width)
-            _backward_kernels[grid](inputs, kernels, dy, dz, dkernels, inputs.stride(0), SILU=ctx.silu, **sizes)
-            grid, sizes = _launch(dinputs, width)
-            _backward_inputs[grid](kernels, dz, dinputs, **sizes)
-        return dinputs, dkernels, None
+@dynamic_conv.register_fake
+def _(inputs: Tensor, kernels: Tensor, activation: str | None) -> Tensor:
+    return torch.empty(kernels.shape[:-1], dtype=inputs.dtype, device=inputs.device)
+
+
+@custom_op("sleepify::dynamic_conv_backward", mutates_args=())
+def dynamic_conv_backward(dy: Tensor, inputs: Tensor, kernels: Tensor, activation: str | None) -> tuple[Tensor, Tensor]:
+    """The gradients of inputs and kernels, in their dtypes."""
+    inputs, kernels, dy = _rows(inputs), kernels.contiguous(), dy.contiguous()
+    width, silu = kernels.shape[-1], activation == "silu"
+    dinputs = torch.empty(inputs.shape, dtype=inputs.dtype, device=inputs.device)
+    dkernels = torch.empty(kernels.shape, dtype=kernels.dtype, device=kernels.device)
+    # A float32 copy of the gradient before the activation, W times smaller than the kernels: with it no program needs
+    # the pre-activations of its neighbours.
+    dz = torch.empty(dy.shape, dtype=torch.float32, device=dy.device) if silu else dy
+    with torch.cuda.device_of(inputs):
+        grid, sizes = _launch(dy, width)
+        _backward_kernels[grid](inputs, kernels, dy, dz, dkernels, inputs.stride(0), SILU=silu, **sizes)
+        grid, sizes = _launch(dinputs, width)
+        _backward_inputs[grid](kernels, dz, dinputs, **sizes)
+    return dinputs, dkernels
+
+
+@dynamic_conv_backward.register_fake
+def _(dy: Tensor, inputs: Tensor, kernels: Tensor, activation: str | None) -> tuple[Tensor, ...]:
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (inputs, kernels))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.activation = inputs[2]
+
+
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+    return *dynamic_conv_backward(dy, *ctx.saved_tensors, ctx.activation), None
+
+
+dynamic_conv.register_autograd(_differentiate, setup_context=_save)
+
+
+def _rows(inputs: Tensor) -> Tensor:
+    """Tokens and channels adjacent in memory; rows may lie apart, as where a state's first input is cut off."""
+    return inputs if inputs.stride()[1:] == (inputs.shape[2], 1) else inputs.contiguous()
 
 
 def _launch(cells: Tensor, width: int) -> tuple[tuple[int, int], dict[str, int]]:

@@ -379,3 +379,31 @@ def test_sessions_outside_training_hold_no_graph(model):
     )
     model.sleep(cache)
     assert not any(tensor.requires_grad for tensor in cache.memory.tensors())
+
+
+def test_a_row_without_a_new_token_has_nothing_to_go_on_from(model):
+    ids, mask = tokens(2, 3), torch.tensor([[0, 0, 0], [1, 1, 1]])
+    begun = model(tokens(2, 4)).past_key_values
+    for cache in (begun, SleepCache()):
+        before = cache.clone()
+        with pytest.raises(ValueError, match=r"at least one new token in every row to go on from, rows \[0\]"):
+            model.generate(ids, attention_mask=mask, past_key_values=cache, new_tokens=True, max_new_tokens=2)
+        assert same(cache, before)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        *(lambda c, v=v: c.crop(v) for v in (None, "a", 1.5, float("nan"))),
+        *(lambda c, v=v: c.rewind(v) for v in (None, 1.5, -1, True, [1.5], [0, 0, 1])),
+        *(lambda c, v=v: c.batch_repeat_interleave(v) for v in (None, True, 1.5, "2", 0)),
+        *(lambda c, v=v: c.batch_select_indices(v) for v in (None, 0, "0", [0.0], [None], torch.tensor(0))),
+        *(lambda c, v=v: SleepCache.join(v) for v in (None, SleepCache(), [SleepCache(), None])),
+    ],
+)
+def test_what_is_no_row_or_number_is_refused(model, call):
+    for cache in (model(tokens(2, 4)).past_key_values, SleepCache()):
+        before = cache.clone()
+        with pytest.raises((ValueError, TypeError), match="expected"):
+            call(cache)
+        assert same(cache, before)

@@ -369,8 +369,9 @@ class SleepForCausalLM(SleepGeneration, SleepCheckpoint, GenerationMixin):  # tr
         listed = isinstance(chosen, (list, tuple, range)) and all(is_whole(row) and 0 <= row < batch for row in chosen)
         if not listed or len(set(chosen)) != len(chosen):
             raise ValueError(f"expected a list of different rows from 0 to {batch - 1}, got {rows!r}")
-        if any(len(session.pending[row]) for row in chosen if session.pending):
-            session = self._read_pending(blocks, session, settings)
+        if waiting := [row for row in chosen if session.pending and len(session.pending[row])]:
+            read = self._read_pending(blocks, session.select(waiting), settings)
+            session = session.put(waiting, read)
         awake: dict[int, list[int]] = {}
         for row in chosen:
             if length := session.open_lengths[row]:

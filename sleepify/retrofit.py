@@ -36,7 +36,7 @@ def _told_from_defaults(retrofit: Callable[P_, T_]) -> Callable[P_, T_]:
 
     @wraps(retrofit)
     def checked(*args: P_.args, **keywords: P_.kwargs) -> T_:
-        given = {name: value for name, value in keywords.items() if name not in ("model", "config")}
+        given: dict[str, Any] = {name: value for name, value in keywords.items() if name not in ("model", "config")}
         if unknown := sorted(given.keys() - KEYWORDS):
             raise TypeError(f"unknown keywords {unknown}; known are {sorted(KEYWORDS)}")
         if keywords.get("config") is not None and given:

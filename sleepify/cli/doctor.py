@@ -1,4 +1,4 @@
-"""The ``sleepify`` command: ``sleepify doctor`` says what is installed, which code runs here, what slows it down."""
+"""What is installed, which code runs on this machine, and what slows it down."""
 
 from __future__ import annotations
 
@@ -19,13 +19,9 @@ OPTIONAL = ("flash-linear-attention", "causal-conv1d", "flash-attn")
 INSTALL = 'pip install "sleepify[gpu]"'
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; the exit code. argparse raises SystemExit for arguments that it does not know."""
-    parser = argparse.ArgumentParser(prog="sleepify", description="Sleep for pretrained language models.")
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("doctor", help="what is installed, which code runs on this machine, what slows it down")
-    parser.parse_args(arguments)
+def main(argv: Sequence[str]) -> int:
+    """Print the report; the exit code."""
+    argparse.ArgumentParser(prog="sleepify doctor", description=__doc__).parse_args(argv)
     print("\n".join(doctor()))
     return 0
 
@@ -113,7 +109,3 @@ def _table(title: str, rows: Iterable[tuple[str, str]]) -> list[str]:
     rows = list(rows)
     width = max(len(name) for name, _ in rows)
     return [title, *(f"  {name:<{width}}  {value}" for name, value in rows)]
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

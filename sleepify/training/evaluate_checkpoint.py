@@ -115,7 +115,7 @@ def _noted(model: str) -> dict[str, Any]:
 
 
 def tokenizer_of(model: str, name: str | None = None) -> Any:
-    """The tokenizer of a checkpoint: ``name``, else the one that it was trained with, else its own; None if it has none.
+    """The tokenizer of a checkpoint: ``name``, else what it was trained with, else its own; None if it has none.
 
     Args:
         model: name or path of the checkpoint.

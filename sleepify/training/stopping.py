@@ -41,7 +41,7 @@ class StopRequest:
 
         def note(number: int, _: FrameType | None) -> None:
             self.asked = self.asked or signal.Signals(number)
-            # A second one of its kind is not held up. One of the other kind may come from a launcher that heard the first.
+            # A second one of its kind is not held up. The other kind may come from a launcher that heard this one.
             signal.signal(number, before[signal.Signals(number)])
             if number == signal.SIGINT and speaks:
                 print("stopping after this step, with a checkpoint; Ctrl-C again stops at once", flush=True)

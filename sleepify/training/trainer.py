@@ -234,8 +234,8 @@ class SleepTrainer(Trainer):
     # --- stop and resume -------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's. On SIGTERM or Ctrl-C the step is finished, a checkpoint saved, and the process exits with status
-        143 or 130; a second Ctrl-C does not wait.
+        """The Trainer's. On SIGTERM or Ctrl-C the step is finished, a checkpoint saved, and the process exits with
+        status 143 or 130; a second Ctrl-C does not wait.
 
         Args:
             resume_from_checkpoint: a checkpoint-<step> folder; True for the latest in ``output_dir``; "latest" for the

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 WIDTH, MARGIN, CELL, TOKENS, WINDOW, PASSES = 390, 15, 30, 12, 4, 2
-INK, SOFT, AWAKE, ASLEEP, STATE, GONE = "#1f2430", "#5b6472", "#f2b544", "#5b6fd8", "#3c9d7a", "#d5d9e0"
+INK, SOFT, AWAKE, ASLEEP, STATE, GONE = "#1f2430", "#5b6472", "#f2b544", "#5b6fd8", "#3c9d7a", "#a9b1bd"
 FONT = "font-family='system-ui, sans-serif'"
 
 

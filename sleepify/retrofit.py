@@ -95,7 +95,7 @@ def sleepify(
         ValueError: for a setting that this base cannot have; see `SleepConfig`.
         UnsupportedModelError: for a base that sleepify cannot drive; the message names what is missing.
 
-    Example:
+    Examples:
         >>> model = sleepify("Qwen/Qwen3-1.7B", n_loops=6, window_size=2000)
     """
     if config is None:

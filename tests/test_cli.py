@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -177,3 +178,23 @@ def test_latest_begins_a_run_and_goes_on_with_it(tmp_path: Path, caplog: pytest.
     again.train(resume_from_checkpoint="latest")
     assert again.state.global_step == 3 and "a new run begins" not in caplog.text
     assert [line["step"] for line in again.state.log_history if "loss" in line] == [3]
+
+
+def test_ctrl_c_reaches_the_training_behind_the_launcher_which_waits_for_it(tmp_path: Path) -> None:
+    """A terminal tells everyone in the foreground: the command, the launcher and the training."""
+    words = ["train", "rule110_tiny", "--accelerate", "cpu", "--output_dir", "out", "--max_steps", "100000", *TINY]
+    command = [sys.executable, "-u", "-m", "sleepify", *words]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as run:
+        assert run.stdout is not None and run.stderr is not None
+        for line in run.stdout:
+            if "'loss'" in line:
+                break
+        os.killpg(run.pid, signal.SIGINT)
+        said, errors = run.communicate(timeout=120)
+    assert "stopping after this step, with a checkpoint" in said
+    assert run.returncode != 0 and "Traceback" not in errors, errors
+    # The command comes back when all is saved, not before.
+    (saved,) = (tmp_path / "out").iterdir()
+    assert re.fullmatch(r"checkpoint-\d+", saved.name) and (saved / "sleep_run.json").exists()

@@ -61,7 +61,8 @@ EDGES: dict[str, set[str]] = {
         *("schedule", "settings", "tasks"),
     },
     "__init__": {"cache", "config", "errors", "modeling", "models", "retrofit", "version"},
-    "__main__": {"hosts", "ops", "version"},
+    "cli": {"config", "files", "hosts", "ops", "training", "version"},
+    "__main__": {"cli"},
 }
 
 # Modules that are loaded where a package beyond the base dependencies is at hand, and the package.

@@ -266,8 +266,7 @@ NOT_SETTINGS |= {"fast_weights_only", "base_model_name_or_path", "base_model_rev
 
 
 def test_every_setting_is_a_field_of_every_recipe_and_reaches_the_model(tmp_path: Path) -> None:
-    fields = Settings.__annotations__.keys() | SleepConfig.__annotations__.keys()
-    assert SETTINGS.keys() == fields - NOT_SETTINGS
+    assert SETTINGS.keys() == (Settings.__annotations__.keys() | SleepConfig.__annotations__.keys()) - NOT_SETTINGS
     assert INSERTED.keys() == FastWeightConfig.__annotations__.keys()
     values = SETTINGS | {f"fast_weights_{name}": value for name, value in INSERTED.items()}
     assert SleepArguments.__dataclass_fields__.keys() == {"sleep", *values}

@@ -504,10 +504,7 @@ class Program:
         # A session that nothing was read in takes a prompt in any case.
         batch = self.batch(given, SleepCache(), contiguous=self.chance(0.5))
         how, keywords = self.how(max_new_tokens=self.random.randint(1, self.size + 2), do_sample=False)
-        n_tokens = keywords["max_new_tokens"]
-        alone = [self.greedy(row, ids, how, n_tokens) for row, ids in zip(session.rows, new, strict=True)]
-        steps, copies = zip(*alone, strict=True)
-        ends = self.random.choice([None, [self.random.choice(self.random.choice(steps)) for _ in range(2)]])
+        ends = self.random.choice([None, self.random.sample(range(VOCAB), 20)])
         keywords |= {"eos_token_id": ends, "attention_mask": batch.mask, "return_dict_in_generate": True}
         if not begins:
             keywords["past_key_values"] = session.cache
@@ -517,32 +514,21 @@ class Program:
             keywords["new_tokens"] = True
         self.say("generate", None if begins else self.sessions.index(session), how, batch.ids.tolist(), keywords)
         out = self.model.generate(batch.ids.long(), **keywords)
-        made = [[*step] for step in steps]
-        for row, step in enumerate(made):
-            length = next((n for n, id_ in enumerate(step, 1) if id_ in (ends or [])), len(step))
-            made[row] = step[:length]
-            session.rows[row] = copies[row][length - 1]
-            session.rows[row].pending = [step[length - 1]]
-        longest = max(map(len, made))
-        padded = [step + [0] * (longest - len(step)) for step in made]
         sequences = out.sequences[:, batch.width :].tolist()
-        assert sequences == padded, f"made {sequences}, expected {padded}"
+        longest = 0
+        for row, (twin, ids, made) in enumerate(zip(session.rows, new, sequences, strict=True)):
+            length = next((n for n, id_ in enumerate(made, 1) if id_ in (ends or [])), len(made))
+            assert not any(made[length:]), f"row {row}: made {made}, expected 0 after its end"
+            # Greedy, if each was the likeliest after those before it.
+            chosen = twin.read(ids + made[: length - 1], how)[len(ids) - 1 :].argmax(-1).tolist()
+            assert made[:length] == chosen, f"row {row}: made {made[:length]}, expected {chosen}"
+            twin.pending, longest = chosen[-1:], max(longest, length)
+        assert longest == len(sequences[0]) and (ends or longest == keywords["max_new_tokens"]), sequences
         assert begins or out.past_key_values is session.cache
         if begins:
             session.cache = out.past_key_values
             self.keep(session)
         session.check("after generating")
-
-    def greedy(self, row: Row, new: list[int], how: How, n_tokens: int) -> tuple[list[int], list[Row]]:
-        """What a row alone goes on with, and how it stands before each of these tokens is read."""
-        row, made, copies = row.copy(), [], []
-        logits = row.read(new, how)
-        for _ in range(n_tokens):
-            made.append(int(logits[-1].argmax()))
-            copies.append(row.copy())
-            if len(made) < n_tokens:
-                logits = row.read(made[-1:], how)
-        return made, copies
 
     def sleep(self) -> None:
         """Some rows or all, full windows or not."""

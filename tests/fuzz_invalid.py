@@ -203,21 +203,26 @@ class InvalidCalls:
         over = [0] * batch
         over[self.random.randrange(batch)] = max(most) + 1
         counts: list[Any] = [
-            min(most) + 1, over, -1, "1", 1.5, [0.5] * batch, [0] * (batch + 1), [True] * batch, True, None,
-            [None] * batch, torch.tensor(0.5), [-1] * batch, [],
+            min(most) + 1, over, -1, "1", 1.5, [0.5] * batch, [True] * batch, True, None, [None] * batch,
+            torch.tensor(0.5), [-1] * batch,
         ]  # fmt: skip
         crops: list[Any] = [-max(most) - 1, "a", 1.5, None, True, [1], NAN]
-        if cache.now is not None and cache.get_seq_length() > min(most):
-            crops.append(0)
         picks: list[Any] = [
-            [batch], [-batch - 1], [], [True] * (batch + 1), [False] * batch, [0.0], torch.tensor([0.5]), "0", None,
-            torch.tensor([[0]]), torch.tensor(0), 0, ["0"], torch.zeros(batch + 1, dtype=torch.bool), [None],
+            [0.0], torch.tensor([0.5]), "0", None, torch.tensor([[0]]), torch.tensor(0), 0, ["0"], [None],
         ]  # fmt: skip
+        orders: list[Any] = [torch.tensor([0.5]), None]
+        if cache.now is not None:
+            # One that has read nothing has no rows yet that there could be too many of.
+            picks += [[batch], [-batch - 1], [], [True] * (batch + 1), [False] * batch]
+            picks += [torch.zeros(batch + 1, dtype=torch.bool)]
+            orders += [torch.tensor([batch])]
+            counts += [[], [0] * (batch + 1)]
+            crops += [0] * (cache.get_seq_length() > min(most))
         calls: list[tuple[str, Callable[[Any], Any], list[Any]]] = [
             ("rewind", cache.rewind, counts),
             ("crop", cache.crop, crops),
             ("batch_select_indices", cache.batch_select_indices, picks),
-            ("reorder_cache", cache.reorder_cache, [torch.tensor([batch]), torch.tensor([0.5]), None]),
+            ("reorder_cache", cache.reorder_cache, orders),
             ("batch_repeat_interleave", cache.batch_repeat_interleave, [0, -1, 1.5, "2", None, True]),
             ("join", SleepCache.join, [[], [cache, SleepCache()], [cache, foreign()], [cache, None], None, cache]),
             ("to", lambda dtype: cache.to(dtype=dtype), [torch.float16, torch.bfloat16]),

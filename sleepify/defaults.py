@@ -65,11 +65,6 @@ class LiveSettings:
         Raises:
             ValueError: for a value that this base cannot have.
         """
-        if config.fast_weights != self.inserted:
-            raise ValueError(
-                f"expected config.fast_weights as they were inserted, {self.inserted}, got {config.fast_weights}; "
-                "layers cannot be changed in place: unload() and sleepify() again"
-            )
         values = [getattr(config, name) for name in SETTINGS]
         raw = tuple(tuple(value) if isinstance(value, list) else value for value in values) + (recompute,)
         if config.fast_weights != self.inserted:

@@ -65,11 +65,13 @@ class LiveSettings:
         Raises:
             ValueError: for a value that this base cannot have.
         """
-        values = [getattr(config, name) for name in SETTINGS]
+        # Read past transformers' attribute lookup, which takes longer than a small layer: this runs for every token.
+        attributes = vars(config)
+        values = [attributes[name] for name in SETTINGS]
         raw = (*map(_typed, values), recompute)
-        if config.fast_weights != self.inserted:
+        if (found := attributes["fast_weights"]) != self.inserted:
             raise ValueError(
-                f"expected config.fast_weights as they were inserted, {self.inserted}, got {config.fast_weights}; "
+                f"expected config.fast_weights as they were inserted, {self.inserted}, got {found}; "
                 "layers cannot be changed in place: unload() and sleepify() again"
             )
         if self._settings is None or raw != self._raw:

@@ -103,13 +103,15 @@ class SleepForCausalLM(SleepGeneration, SleepCheckpoint, GenerationMixin):  # tr
     @property
     def blocks(self) -> Host:
         """The base and the inserted layers as the algorithm drives them; built anew when one of them is another."""
-        settings = self.options()
+        return self._host_of(self.options())
+
+    def _host_of(self, settings: Settings) -> Host:
         window = settings.window_size if settings.sliding else None
         made_of = (id(self.language_model), *map(id, self.fast_weights), settings.loop_range, window)
         known, host = self._host
         if host is None or known != made_of:
-            inserted = dict(zip(self._settings.inserted.layers or [], self.fast_weights, strict=True))
-            host = host_class(self.config.text_config)(self.language_model, inserted, settings.loop_range, window)
+            layers = dict(zip(self._settings.inserted.layers or [], self.fast_weights, strict=True))
+            host = host_class(self.config.text_config)(self.language_model, layers, settings.loop_range, window)
             self._host = (made_of, host)
         return host
 
@@ -256,13 +258,12 @@ class SleepForCausalLM(SleepGeneration, SleepCheckpoint, GenerationMixin):  # tr
         if past_key_values is not None and not isinstance(past_key_values, SleepCache):
             raise ValueError(f"expected past_key_values to be a SleepCache, got {type(past_key_values).__name__}")
         settings = self.options(n_loops)
-        blocks = self.blocks
+        blocks = self._host_of(settings)
         cache = past_key_values
         kept = labels is None if use_cache is None else use_cache
         session, tokens = self._take_in(input_ids, attention_mask, labels, awake, logits_to_keep, cache, settings, kept)
         if use_cache is None:
-            wanted_by_default = labels is None and not self.training and not tokens.right_padded
-            use_cache = cache is not None or wanted_by_default
+            use_cache = cache is not None or (labels is None and not self.training and not tokens.right_padded)
         if use_cache and cache is None:
             if tokens.right_padded:
                 raise ValueError(
@@ -308,7 +309,7 @@ class SleepForCausalLM(SleepGeneration, SleepCheckpoint, GenerationMixin):  # tr
         vocabulary = self.config.text_config.vocab_size
         past = None if cache is None else cache.get_seq_length()
         tokens = Rows.of(input_ids, mask, labels, awake, keep, vocabulary, past)
-        owner, batch = self._owner(), input_ids.shape[0]
+        owner, batch = self._owner(settings), input_ids.shape[0]
         if cache is None:
             return Snapshot.empty(owner, batch, settings.window_size, input_ids.device, kept), tokens
         session = cache.begin(owner, batch, settings.window_size, input_ids.device)
@@ -358,15 +359,19 @@ class SleepForCausalLM(SleepGeneration, SleepCheckpoint, GenerationMixin):  # tr
             raise TypeError(f"expected past_key_values to be a SleepCache, got {type(past_key_values).__name__}")
         if past_key_values.now is None:
             raise ValueError("expected a cache that has read something, got an empty one; call the model with it first")
-        settings, blocks = self.options(n_loops), self.blocks
+        settings = self.options(n_loops)
+        blocks = self._host_of(settings)
         batch = past_key_values.get_batch_size()
-        session = past_key_values.begin(self._owner(), batch, settings.window_size, past_key_values.now.open_ids.device)
+        session = past_key_values.begin(
+            self._owner(settings), batch, settings.window_size, past_key_values.now.open_ids.device
+        )
         chosen = range(batch) if rows is None else rows
         listed = isinstance(chosen, (list, tuple, range)) and all(is_whole(row) and 0 <= row < batch for row in chosen)
         if not listed or len(set(chosen)) != len(chosen):
             raise ValueError(f"expected a list of different rows from 0 to {batch - 1}, got {rows!r}")
-        if any(len(session.pending[row]) for row in chosen if session.pending):
-            session = self._read_pending(blocks, session, settings)
+        if waiting := [row for row in chosen if session.pending and len(session.pending[row])]:
+            read = self._read_pending(blocks, session.select(waiting), settings)
+            session = session.put(waiting, read)
         awake: dict[int, list[int]] = {}
         for row in chosen:
             if length := session.open_lengths[row]:
@@ -391,6 +396,6 @@ class SleepForCausalLM(SleepGeneration, SleepCheckpoint, GenerationMixin):  # tr
         )
         return algorithm.read(blocks, session, tokens.ids, plan.rounds, settings, keep=True, watch=self.watch)[0]
 
-    def _owner(self) -> str:
+    def _owner(self, settings: Settings) -> str:
         """What a session must agree with: weights may be trained on, shapes and windows may not change."""
-        return f"{self._identity}, L={self.config.window_size}, {self.config.eviction} eviction"
+        return f"{self._identity}, L={settings.window_size}, {settings.eviction} eviction"

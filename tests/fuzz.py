@@ -542,10 +542,9 @@ class Program:
         self.say("sleep", self.sessions.index(session), keywords)
         with self.grad():
             assert self.model.sleep(session.cache, **keywords) is session.cache
-        if any(session.rows[row].pending for row in rows):
-            for twin in session.rows:
-                twin.read([], how)
         for row in rows:
+            if session.rows[row].pending:
+                session.rows[row].read([], how)
             session.rows[row].sleep(how)
         session.check("after sleeping")
 
@@ -565,13 +564,12 @@ class Program:
         counts = [self.random.randint(0, limit) for limit in most]
         kind, least = self.random.randrange(3), self.random.randint(0, min(most))
         self.say("rewind", self.sessions.index(session), counts if kind == 0 else least, kind)
-        columns = session.cache.get_seq_length()
+        columns = session.cache.get_seq_length() + max(len(row.pending) for row in session.rows)
         if kind == 0:
             session.cache.rewind(counts)
         else:
             counts = [least] * len(most)
-            by_columns = kind == 1 and columns >= least and not any(row.pending for row in session.rows)
-            if by_columns:
+            if kind == 1 and columns >= least:
                 session.cache.crop(columns - least)
             elif kind == 1 and least:
                 session.cache.crop(-least)

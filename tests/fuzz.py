@@ -562,7 +562,7 @@ class Program:
         session = self.begun()
         most = [len(row.open) + len(row.pending) for row in session.rows]
         counts = [self.random.randint(0, limit) for limit in most]
-        kind, least = self.random.randrange(3), self.random.randint(0, min(most))
+        kind, least = self.random.randrange(4), self.random.randint(0, min(most))
         self.say("rewind", self.sessions.index(session), counts if kind == 0 else least, kind)
         columns = session.cache.get_seq_length() + max(len(row.pending) for row in session.rows)
         if kind == 0:
@@ -571,7 +571,7 @@ class Program:
             counts = [least] * len(most)
             if kind == 1 and columns >= least:
                 session.cache.crop(columns - least)
-            elif kind == 1 and least:
+            elif kind == 2 and least:
                 session.cache.crop(-least)
             else:
                 session.cache.rewind(least)

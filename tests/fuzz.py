@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from families import ATTENTION, FAMILIES, VOCAB
 from small import sleeping
-from tolerances import EXACT, EXACT_GRAD, assert_close
+from tolerances import GROWN, GROWN_GRAD, assert_close
 from torch import Tensor
 
 from sleepify import FastWeightConfig, SleepCache, SleepForCausalLM
@@ -180,7 +180,7 @@ def _assert_state(mine: dict[LayerKey, LayerState], theirs: dict[LayerKey, Layer
             if left is not None or right is not None:
                 left = torch.zeros_like(right) if left is None else left
                 right = torch.zeros_like(left) if right is None else right
-                assert_close(left, right, EXACT, f"{what}, state {key}")
+                assert_close(left, right, GROWN, f"{what}, state {key}")
 
 
 def _assert_keys(mine: Memory, theirs: Memory, what: str) -> None:
@@ -191,7 +191,7 @@ def _assert_keys(mine: Memory, theirs: Memory, what: str) -> None:
         for layer, pair in mine.kv.items():
             for left, right in zip(pair, theirs.kv[layer], strict=True):
                 ends = left.shape[2] - length, right.shape[2] - length
-                assert_close(left[:, :, ends[0] :], right[:, :, ends[1] :], EXACT, f"{what}, keys of layer {layer}")
+                assert_close(left[:, :, ends[0] :], right[:, :, ends[1] :], GROWN, f"{what}, keys of layer {layer}")
 
 
 @dataclass
@@ -407,12 +407,12 @@ class Program:
         if labels is None or keep is not None:
             expected = batch.spread(logits)[:, columns]
             if columns or out.logits is not None:
-                assert_close(out.logits, expected, EXACT, "logits")
+                assert_close(out.logits, expected, GROWN, "logits")
         else:
             assert out.logits is None
         if summed is not None:
             total, count = summed(logits)
-            assert_close(out.loss, total / (keywords["num_items_in_batch"] or max(1, count)), EXACT, "loss")
+            assert_close(out.loss, total / (keywords["num_items_in_batch"] or max(1, count)), GROWN, "loss")
         return out
 
     def torch_random(self) -> torch.Generator:
@@ -480,13 +480,13 @@ class Program:
             one = self.model(torch.tensor([ids]), **own, **keywords).loss
             one.backward()
             total += one.detach()
-        assert_close(loss.detach(), total, EXACT, "loss in training")
+        assert_close(loss.detach(), total, GROWN, "loss in training")
         for name, parameter in self.model.named_parameters():
             mine, theirs = together.get(name), parameter.grad
             if mine is not None or theirs is not None:
                 mine = torch.zeros_like(parameter) if mine is None else mine
                 theirs = torch.zeros_like(parameter) if theirs is None else theirs
-                assert_close(mine, theirs, EXACT_GRAD, f"gradient of {name}")
+                assert_close(mine, theirs, GROWN_GRAD, f"gradient of {name}")
         self.model.eval().zero_grad()
         config.backprop_loops = config.backprop_windows = None
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from families import ATTENTION, FAMILIES, VOCAB
 from small import sleeping
-from tolerances import GROWN, GROWN_GRAD, assert_close
+from tolerances import EXACT_GRAD, GROWN, assert_close
 from torch import Tensor
 
 from sleepify import FastWeightConfig, SleepCache, SleepForCausalLM
@@ -486,7 +486,7 @@ class Program:
             if mine is not None or theirs is not None:
                 mine = torch.zeros_like(parameter) if mine is None else mine
                 theirs = torch.zeros_like(parameter) if theirs is None else theirs
-                assert_close(mine, theirs, GROWN_GRAD, f"gradient of {name}")
+                assert_close(mine, theirs, EXACT_GRAD, f"gradient of {name}")
         self.model.eval().zero_grad()
         config.backprop_loops = config.backprop_windows = None
 

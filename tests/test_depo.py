@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import doctest
 import json
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from itertools import groupby, permutations
 from pathlib import Path
 from typing import Any
 
 import pytest
+from seeding import assert_seeded
 
 import sleepify.tasks.depo
 from sleepify.tasks import IGNORE, Depo, Hops, Rule110, score
@@ -198,22 +196,7 @@ def test_qa_asks_powers_of_two_on_full_cycles(max_hops: int, asked: set[int]) ->
 
 
 def test_an_example_depends_on_seed_split_and_index_alone() -> None:
-    arguments = "seed=3, names='words', n_nodes=20"
-    code = f"from sleepify.tasks import Depo; print([Depo({arguments}).example(i, 'test') for i in (5, 0, 5)])"
-    again = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.pathsep.join(sys.path)},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-        for hash_seed in ("1", "2")
-    }
-    task = Depo(seed=3, names="words", n_nodes=20)
-    assert again == {str([task.example(i, "test") for i in (5, 0, 5)])}
-    rows = [Depo(seed=seed).example(i).input_ids for seed in (0, 3) for i in range(20)]
-    assert len(set(map(tuple, rows))) == 40
+    assert_seeded(Depo, names="words", n_nodes=20)
 
 
 def test_no_cycle_is_in_both_splits() -> None:

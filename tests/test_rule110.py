@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import doctest
-import os
-import subprocess
-import sys
 from collections import Counter
 from itertools import chain
 from typing import Any
 
 import pytest
+from seeding import assert_seeded
 
 import sleepify.tasks.rule110
 import sleepify.tasks.split
@@ -103,21 +101,7 @@ def test_times_are_asked_in_every_order_and_cells_are_fair() -> None:
 
 
 def test_an_example_depends_on_seed_split_and_index_alone() -> None:
-    code = "from sleepify.tasks import Rule110; print([Rule110(seed=3).example(i, 'test') for i in (5, 0, 5)])"
-    again = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.pathsep.join(sys.path)},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-        for hash_seed in ("1", "2")
-    }
-    task = Rule110(seed=3)
-    assert again == {str([task.example(i, "test") for i in (5, 0, 5)])}
-    rows = [Rule110(seed=seed).example(i).input_ids for seed in (0, 3) for i in range(20)]
-    assert len(set(map(tuple, rows))) == 40
+    assert_seeded(Rule110)
 
 
 def test_no_string_is_in_both_splits() -> None:

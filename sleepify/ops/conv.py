@@ -19,14 +19,9 @@ from sleepify.ops.kernels import dynamic_conv_kernel, short_conv_kernel
 
 
 def short_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    state: Tensor | None = None,
-    lengths: Tensor | None = None,
-    *,
-    activation: str | None = "silu",
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, state: Tensor | None = None, lengths: Tensor | None = None,
+    *, activation: str | None = "silu",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Causal depthwise convolution with fixed kernels, continued from ``state``.
 
     Args:
@@ -49,27 +44,17 @@ def short_conv(
         raise ValueError(f"weight must be [C, W] with C = {x.shape[2]}, got {tuple(weight.shape)}")
     if x.shape[1] == 1 and state is not None and lengths is None:
         return _next(x, weight, bias, state, activation)
-    history = _with_history(x, state, weight.shape[1])
-    new_state = _last_inputs(history, x.shape[1], lengths, weight.shape[1])
-    inputs = history[:, 1:]
+    inputs, new_state = _continued(x, state, lengths, weight.shape[1])
     kernel = short_conv_kernel(inputs, weight)
     if kernel is not None:
         return kernel(inputs, weight, bias, activation), new_state
-    dtype = chunking.accumulation_dtype(x)
-    y = _weighted_sum(inputs.to(dtype), weight.to(dtype))
-    if bias is not None:
-        y = y + bias.to(dtype)
-    return _activate(y, activation).to(x.dtype), new_state
+    return _convolve(inputs, weight, bias, activation), new_state
 
 
 def dynamic_conv(
-    x: Tensor,
-    kernels: Tensor,
-    state: Tensor | None = None,
-    lengths: Tensor | None = None,
-    *,
-    activation: str | None = "silu",
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, kernels: Tensor, state: Tensor | None = None, lengths: Tensor | None = None,
+    *, activation: str | None = "silu",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Causal depthwise convolution with a kernel per token, [B,T,C,W]; that of the output token counts.
 
     Other arguments, results and errors as in ``short_conv``.
@@ -79,39 +64,26 @@ def dynamic_conv(
         raise ValueError(f"kernels must be [B, T, C, W] with [B, T, C] = {tuple(x.shape)}, got {tuple(kernels.shape)}")
     if x.shape[1] == 1 and state is not None and lengths is None:
         return _next(x, kernels[:, 0], None, state, activation)
-    history = _with_history(x, state, kernels.shape[-1])
-    new_state = _last_inputs(history, x.shape[1], lengths, kernels.shape[-1])
-    inputs = history[:, 1:]
+    inputs, new_state = _continued(x, state, lengths, kernels.shape[-1])
     kernel = dynamic_conv_kernel(inputs, kernels)
     if kernel is not None:
         return kernel(inputs, kernels, activation), new_state
-    dtype = chunking.accumulation_dtype(x)
-    y = _weighted_sum(inputs.to(dtype), kernels.to(dtype))
-    return _activate(y, activation).to(x.dtype), new_state
+    return _convolve(inputs, kernels, None, activation), new_state
 
 
 def short_conv_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    state: Tensor | None = None,
-    lengths: Tensor | None = None,
-    *,
-    activation: str | None = "silu",
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, state: Tensor | None = None, lengths: Tensor | None = None,
+    *, activation: str | None = "silu",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``short_conv`` token by token, as the formula reads. Same arguments and results."""
     kernels = weight.expand(*x.shape, weight.shape[1])
     return _reference(x, kernels, bias, state, lengths, activation)
 
 
 def dynamic_conv_reference(
-    x: Tensor,
-    kernels: Tensor,
-    state: Tensor | None = None,
-    lengths: Tensor | None = None,
-    *,
-    activation: str | None = "silu",
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, kernels: Tensor, state: Tensor | None = None, lengths: Tensor | None = None,
+    *, activation: str | None = "silu",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``dynamic_conv`` token by token, as the formula reads. Same arguments and results."""
     return _reference(x, kernels, None, state, lengths, activation)
 
@@ -157,11 +129,10 @@ def _next(x: Tensor, taps: Tensor, bias: Tensor | None, state: Tensor, activatio
     return _activate(y, activation).to(x.dtype).unsqueeze(1), state
 
 
-def _with_history(x: Tensor, state: Tensor | None, width: int) -> Tensor:
-    """The state and then x, as [B,W+T,C]."""
-    if state is None:
-        return F.pad(x, (0, 0, width, 0))
-    return torch.cat([state.mT.to(x.dtype), x], dim=1)
+def _continued(x: Tensor, state: Tensor | None, lengths: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
+    """All inputs of the T outputs, [B,W-1+T,C]: the last W-1 of the state and then x. And the new state."""
+    history = F.pad(x, (0, 0, width, 0)) if state is None else torch.cat([state.mT.to(x.dtype), x], dim=1)
+    return history[:, 1:], _last_inputs(history, x.shape[1], lengths, width)
 
 
 def _last_inputs(history: Tensor, n_tokens: int, lengths: Tensor | None, width: int) -> Tensor:
@@ -202,9 +173,12 @@ class WeightedSum(torch.autograd.Function):
         return grad_inputs, grad_taps
 
 
-def _weighted_sum(inputs: Tensor, taps: Tensor) -> Tensor:
-    result: Tensor = WeightedSum.apply(inputs, taps)
-    return result
+def _convolve(inputs: Tensor, taps: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    dtype = chunking.accumulation_dtype(inputs)
+    y: Tensor = WeightedSum.apply(inputs.to(dtype), taps.to(dtype))
+    if bias is not None:
+        y = y + bias.to(dtype)
+    return _activate(y, activation).to(inputs.dtype)
 
 
 def _activate(y: Tensor, activation: str | None) -> Tensor:

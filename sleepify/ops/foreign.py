@@ -20,55 +20,36 @@ from sleepify.ops import chunking
 
 def run_fla_delta(
     function: Callable[..., Any],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state: Tensor | None,
-    *,
-    scale: float,
-    qk_l2norm: bool,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None,
+    *, scale: float, qk_l2norm: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The gated delta rule by a function of flash-linear-attention."""
+    return _run_fla(function, q, k, v, g, state, beta=beta, scale=scale, use_qk_l2norm_in_kernel=qk_l2norm)
+
+
+def run_fla_hebbian(
+    function: Callable[..., Any],
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None,
+    *, scale: float, qk_l2norm: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gated Hebbian rule by flash-linear-attention's simple gated linear attention."""
+    if qk_l2norm:
+        q, k = chunking.l2norm(q.float()), chunking.l2norm(k.float())
+    return _run_fla(function, q, k, (v.float() * beta.float().unsqueeze(-1)).to(v.dtype), g, state, scale=scale)
+
+
+def _run_fla(
+    function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None, **others: Any
+) -> tuple[Tensor, Tensor]:
     # The state is [B,H,K,V] by default there too; layers of theirs ask for [B,H,V,K].
     o, new_state = function(
         q=q.to(v.dtype),
         k=k.to(v.dtype),
         v=v,
         g=g.float(),
-        beta=beta,
-        scale=scale,
         initial_state=None if state is None else state.float(),
         output_final_state=True,
-        use_qk_l2norm_in_kernel=qk_l2norm,
-    )
-    return o.to(v.dtype), new_state.float()
-
-
-def run_fla_hebbian(
-    function: Callable[..., Any],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state: Tensor | None,
-    *,
-    scale: float,
-    qk_l2norm: bool,
-) -> tuple[Tensor, Tensor]:
-    """The gated Hebbian rule by flash-linear-attention's simple gated linear attention."""
-    if qk_l2norm:
-        q, k = chunking.l2norm(q.float()), chunking.l2norm(k.float())
-    o, new_state = function(
-        q=q.to(v.dtype),
-        k=k.to(v.dtype),
-        v=(v.float() * beta.float().unsqueeze(-1)).to(v.dtype),
-        g=g.float(),
-        scale=scale,
-        initial_state=None if state is None else state.float(),
-        output_final_state=True,
+        **others,
     )
     return o.to(v.dtype), new_state.float()
 
@@ -86,18 +67,10 @@ def run_causal_conv1d(
 
 
 def traced_rule(
-    module: str,
-    name: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state: Tensor | None,
-    *,
-    scale: float,
-    qk_l2norm: bool,
-) -> tuple[Tensor, Tensor]:
+    module: str, name: str,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None,
+    *, scale: float, qk_l2norm: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A rule of flash-linear-attention, module and name, as an operation of a compiled graph."""
     result: tuple[Tensor, Tensor] = fla_rule(q, k, v, g, beta, state, module, name, scale, qk_l2norm)
     return result
@@ -149,17 +122,9 @@ def _save_rule(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
 
 @custom_op("sleepify::fla_rule", mutates_args=())
 def fla_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state: Tensor | None,
-    module: str,
-    name: str,
-    scale: float,
-    qk_l2norm: bool,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None,
+    module: str, name: str, scale: float, qk_l2norm: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o and the last state."""
     o, last = _rule(module, name, scale, qk_l2norm)(q, k, v, g, beta, state)
     return o.contiguous(), last.contiguous()
@@ -173,19 +138,10 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 @custom_op("sleepify::fla_rule_backward", mutates_args=())
 def fla_rule_backward(
-    do: Tensor,
-    dlast: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state: Tensor | None,
-    module: str,
-    name: str,
-    scale: float,
-    qk_l2norm: bool,
-) -> list[Tensor]:
+    do: Tensor, dlast: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None,
+    module: str, name: str, scale: float, qk_l2norm: bool,
+) -> list[Tensor]:  # fmt: skip
     """The gradients of q, k, v, g, beta and the state."""
     return _gradients(_rule(module, name, scale, qk_l2norm), (q, k, v, g, beta, state), (do, dlast))
 

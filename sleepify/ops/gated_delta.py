@@ -14,19 +14,13 @@ import torch
 from torch import Tensor
 
 from sleepify.ops import chunking, kernels, trials
+from sleepify.ops.recurrence import chunk_by_chunk, token_by_token
 
 
 def gated_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state: Tensor | None = None,
-    *,
-    scale: float,
-    qk_l2norm: bool = False,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None = None,
+    *, scale: float, qk_l2norm: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The gated delta rule over T tokens (paper §3.1), by the fastest implementation that is exact for these inputs.
 
     Args:
@@ -48,6 +42,18 @@ def gated_delta_rule(
     return (kernel or gated_delta_chunked)(q, k, v, g, beta, state, scale=scale, qk_l2norm=qk_l2norm)
 
 
+def _error(state: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return value - chunking.read(key, state)
+
+
+def gated_delta_reference(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None = None,
+    *, scale: float, qk_l2norm: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``gated_delta_rule`` token by token, as the formula reads. Same arguments and results."""
+    return token_by_token(_error, q, k, v, g, beta, state, scale, qk_l2norm)
+
+
 class UnitLowerInverse(torch.autograd.Function):
     """The inverse of I + the strictly lower triangle of a matrix [..., C, C].
 
@@ -67,82 +73,23 @@ class UnitLowerInverse(torch.autograd.Function):
         return -(inverse.mT @ grad @ inverse.mT).tril(-1)
 
 
-def gated_delta_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state: Tensor | None = None,
-    *,
-    scale: float,
-    qk_l2norm: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """``gated_delta_rule`` token by token, as the formula reads. Same arguments and results."""
-    chunking.check_inputs(q, k, v, g, beta, state)
-    dtype, out_dtype = chunking.accumulation_dtype(v), v.dtype
-    with chunking.full_precision(v.device):
-        q, k, v, g, beta = (x.to(dtype) for x in (q, k, v, g, beta))
-        s = chunking.zero_state(q, v) if state is None else state.to(dtype)
-        if qk_l2norm:
-            q, k = chunking.l2norm(q), chunking.l2norm(k)
-        outputs = []
-        for t in range(q.shape[1]):
-            s = s * g[:, t, :, None, None].exp()
-            error = v[:, t] - chunking.read(k[:, t], s)
-            s = s + k[:, t].unsqueeze(-1) * (beta[:, t].unsqueeze(-1) * error).unsqueeze(-2)
-            outputs.append(scale * chunking.read(q[:, t], s))
-        return torch.stack(outputs, dim=1).to(out_dtype), s
+def _solve(k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, since_start: Tensor) -> tuple[Tensor, Tensor]:
+    k_beta = k * beta
+    inverse = UnitLowerInverse.apply((k_beta @ k.mT) * decay)
+    return inverse @ (v * beta), inverse @ (k_beta * since_start)
 
 
 def gated_delta_chunked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state: Tensor | None = None,
-    *,
-    scale: float,
-    qk_l2norm: bool = False,
-    chunk_size: int | None = None,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None = None,
+    *, scale: float, qk_l2norm: bool = False, chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``gated_delta_rule`` in matrix products over chunks of ``chunk_size`` tokens or less. Same arguments and results.
 
     Inside a chunk the written values are the solution x of a unit triangular system, because each token's error reads
     what the earlier ones wrote:  x_i + beta_i sum_{j<i} (k_i.k_j) decay_ij x_j = beta_i (v_i - decay_i k_i^T S), with S
     the state at the chunk's start. It is linear in S, so it is solved once for all chunks as x = u - w S.
     """
-    batch, n_tokens, heads, key_dim = q.shape
-    if n_tokens == 1:
-        return gated_delta_reference(q, k, v, g, beta, state, scale=scale, qk_l2norm=qk_l2norm)
-    chunking.check_inputs(q, k, v, g, beta, state)
-    dtype, out_dtype, value_dim = chunking.accumulation_dtype(v), v.dtype, v.shape[-1]
-    with chunking.full_precision(v.device):
-        s = (chunking.zero_state(q, v) if state is None else state.to(dtype)).reshape(-1, key_dim, value_dim)
-        n_chunks, length = chunking.plan(n_tokens, chunk_size or chunking.default_size(v.device))
-        q, k, v, g, beta = (chunking.split(x, n_chunks, length, dtype) for x in (q, k, v, g, beta))
-        if qk_l2norm:
-            q, k = chunking.l2norm(q), chunking.l2norm(k)
-        decay = chunking.decay_matrix(g)
-        since_start, until_end = g.cumsum(-1).exp().unsqueeze(-1), decay[..., -1, :].unsqueeze(-1)
-
-        k_beta = k * beta.unsqueeze(-1)
-        inverse = UnitLowerInverse.apply((k_beta @ k.mT) * decay)
-        u, w = inverse @ (v * beta.unsqueeze(-1)), inverse @ (k_beta * since_start)
-        k_end = (k * until_end).mT
-        q = q * scale
-        q_start, inside = q * since_start, (q @ k.mT) * decay
-        outputs = []
-        # Reads from the states one by one: all of them in one tensor would be the largest of all.
-        for u_c, w_c, k_c, decay_c, q_c, inside_c in zip(
-            *(x.unbind(0) for x in (u, w, k_end, since_start[:, :, -1:], q_start, inside)), strict=True
-        ):
-            x_c = torch.baddbmm(u_c, w_c, s, alpha=-1)
-            outputs.append(torch.baddbmm(torch.bmm(q_c, s), inside_c, x_c))
-            s = torch.baddbmm(s * decay_c, k_c, x_c)
-        o = torch.stack(outputs)
-        return chunking.join(o, batch, n_tokens).to(out_dtype), s.view(batch, heads, key_dim, value_dim)
+    return chunk_by_chunk(_error, _solve, q, k, v, g, beta, state, scale, qk_l2norm, chunk_size)
 
 
 trials.EXACT[True] = gated_delta_chunked

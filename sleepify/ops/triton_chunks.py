@@ -38,6 +38,18 @@ def place(n_tokens, n_heads, chunk, pair):
 
 
 @triton.jit
+def own_place(n_tokens, n_heads):
+    """``place`` of this program in a grid of chunks and pairs."""
+    return place(n_tokens, n_heads, tl.program_id(0), tl.program_id(1))
+
+
+@triton.jit
+def first_of(x, row, head, start, row_stride, token_stride, WIDTH: tl.constexpr):
+    """Where a chunk begins in q, k or v, whose heads and channels are adjacent in memory."""
+    return x + row * row_stride + start * token_stride + head * WIDTH
+
+
+@triton.jit
 def tile(first, n_rows, row_stride, column, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
     """[CHUNK, COLUMNS] in float32 from ``first``: n_rows rows and WIDTH columns exist; zeros elsewhere."""
     rows, columns = tl.arange(0, CHUNK)[:, None], column + tl.arange(0, COLUMNS)[None, :]
@@ -125,29 +137,15 @@ def unit_lower_inverse(matrix):
 
 @triton.jit(do_not_specialize=SIZES)
 def prepare(
-    q,
-    k,
-    g,
-    beta,
-    marks,
-    inverse,
-    q_row,
-    q_token,
-    k_row,
-    k_token,
-    n_tokens,
-    n_heads,
-    KEY: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    NORMALISE: tl.constexpr,
-    DELTA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q, k, g, beta, marks, inverse,
+    q_row, q_token, k_row, k_token, n_tokens, n_heads,
+    KEY: tl.constexpr, BLOCK_K: tl.constexpr,
+    NORMALISE: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """The marks of a chunk, and R. Grid: chunks, pairs."""
-    chunk, pair = tl.program_id(0), tl.program_id(1)
-    number, row, head, start, n_rows = place(n_tokens, n_heads, chunk, pair)
-    q += row * q_row + start * q_token + head * KEY
-    k += row * k_row + start * k_token + head * KEY
+    number, row, head, start, n_rows = own_place(n_tokens, n_heads)
+    q = first_of(q, row, head, start, q_row, q_token, KEY)
+    k = first_of(k, row, head, start, k_row, k_token, KEY)
     gate = gates_of(g, row, head, start, n_rows, n_tokens, n_heads)
     i, j = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
     q_factor, k_factor = tl.full((CHUNK,), 1.0, tl.float32), tl.full((CHUNK,), 1.0, tl.float32)
@@ -174,31 +172,15 @@ def prepare(
 
 @triton.jit(do_not_specialize=SIZES)
 def solve(
-    k,
-    v,
-    beta,
-    marks,
-    inverse,
-    w,
-    u,
-    k_row,
-    k_token,
-    v_row,
-    v_token,
-    n_tokens,
-    n_heads,
-    KEY: tl.constexpr,
-    VALUE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    DELTA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    k, v, beta, marks, inverse, w, u,
+    k_row, k_token, v_row, v_token, n_tokens, n_heads,
+    KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    DELTA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """u and w of a chunk; u = beta v alone for the Hebbian rule. Grid: chunks, pairs."""
-    chunk, pair = tl.program_id(0), tl.program_id(1)
-    number, row, head, start, n_rows = place(n_tokens, n_heads, chunk, pair)
-    k += row * k_row + start * k_token + head * KEY
-    v += row * v_row + start * v_token + head * VALUE
+    number, row, head, start, n_rows = own_place(n_tokens, n_heads)
+    k = first_of(k, row, head, start, k_row, k_token, KEY)
+    v = first_of(v, row, head, start, v_row, v_token, VALUE)
     strength = gates_of(beta, row, head, start, n_rows, n_tokens, n_heads)
     first = number * CHUNK
     if DELTA:
@@ -218,25 +200,11 @@ def solve(
 
 @triton.jit(do_not_specialize=SIZES)
 def carry_states(
-    k,
-    marks,
-    w,
-    x,
-    initial,
-    states,
-    final,
-    k_row,
-    k_token,
-    n_tokens,
-    n_heads,
-    KEY: tl.constexpr,
-    VALUE: tl.constexpr,
-    ALL_K: tl.constexpr,
-    TILE_V: tl.constexpr,
-    HAS_STATE: tl.constexpr,
-    DELTA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    k, marks, w, x, initial, states, final,
+    k_row, k_token, n_tokens, n_heads,
+    KEY: tl.constexpr, VALUE: tl.constexpr, ALL_K: tl.constexpr, TILE_V: tl.constexpr,
+    HAS_STATE: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """All states, chunk after chunk, for some columns of V; x over u, in its place. Grid: tiles of V, pairs."""
     column, pair = tl.program_id(0) * TILE_V, tl.program_id(1)
     n_chunks = tl.cdiv(n_tokens, CHUNK)
@@ -254,7 +222,8 @@ def carry_states(
             written -= tl.dot(known, state, input_precision=PRECISION)
             put_tile(x + number * CHUNK * VALUE, written, CHUNK, VALUE, column, VALUE, TILE_V)
         factor = marks_of(marks, 1, number) * marks_of(marks, 3, number)
-        keys = tile(k + row * k_row + start * k_token + head * KEY, n_rows, k_token, 0, KEY, ALL_K) * factor[:, None]
+        keys = tile(first_of(k, row, head, start, k_row, k_token, KEY), n_rows, k_token, 0, KEY, ALL_K)
+        keys *= factor[:, None]
         decay = tl.load(marks + (number * 4 + 3) * CHUNK - 1)
         state = tl.dot(tl.trans(keys), written, state * decay, input_precision=PRECISION)
     tl.store(final + of_pair + cells, state, mask=exist)
@@ -274,38 +243,21 @@ def read_matrix(
 
 @triton.jit(do_not_specialize=SIZES)
 def read_out(
-    q,
-    k,
-    g,
-    marks,
-    x,
-    states,
-    o,
-    q_row,
-    q_token,
-    k_row,
-    k_token,
-    n_tokens,
-    n_heads,
-    scale,
-    KEY: tl.constexpr,
-    VALUE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q, k, g, marks, x, states, o,
+    q_row, q_token, k_row, k_token, n_tokens, n_heads, scale,
+    KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """The outputs of a chunk. Grid: chunks, pairs."""
-    chunk, pair = tl.program_id(0), tl.program_id(1)
-    number, row, head, start, n_rows = place(n_tokens, n_heads, chunk, pair)
-    q += row * q_row + start * q_token + head * KEY
-    k += row * k_row + start * k_token + head * KEY
+    number, row, head, start, n_rows = own_place(n_tokens, n_heads)
+    q = first_of(q, row, head, start, q_row, q_token, KEY)
+    k = first_of(k, row, head, start, k_row, k_token, KEY)
+    o += ((row * n_tokens + start) * n_heads + head) * VALUE
     inside = read_matrix(
         q, k, g, marks, row, head, start, n_rows, n_tokens, n_heads, number, q_token, k_token,
         scale, KEY, BLOCK_K, PRECISION,
     )  # fmt: skip
     factor = scale * marks_of(marks, 0, number)
     factor *= marks_of(marks, 2, number)
-    o += ((row * n_tokens + start) * n_heads + head) * VALUE
     for column in range(0, VALUE, BLOCK_V):
         written = tile(x + number * CHUNK * VALUE, CHUNK, VALUE, column, VALUE, BLOCK_V)
         value = tl.dot(inside, written, input_precision=PRECISION)

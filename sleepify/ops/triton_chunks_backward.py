@@ -20,8 +20,10 @@ from sleepify.ops.triton_chunks import (
     CHUNK,
     SIZES,
     decay_matrix,
+    first_of,
     gates_of,
     marks_of,
+    own_place,
     place,
     products,
     put_tile,
@@ -33,31 +35,15 @@ from sleepify.ops.triton_chunks import (
 
 @triton.jit(do_not_specialize=SIZES)
 def spread_back(
-    q,
-    k,
-    g,
-    marks,
-    do,
-    dx,
-    q_row,
-    q_token,
-    k_row,
-    k_token,
-    n_tokens,
-    n_heads,
-    scale,
-    KEY: tl.constexpr,
-    VALUE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q, k, g, marks, do, dx,
+    q_row, q_token, k_row, k_token, n_tokens, n_heads, scale,
+    KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """P^T do, the first part of dx. Grid: chunks, pairs."""
-    chunk, pair = tl.program_id(0), tl.program_id(1)
-    number, row, head, start, n_rows = place(n_tokens, n_heads, chunk, pair)
-    q += row * q_row + start * q_token + head * KEY
-    k += row * k_row + start * k_token + head * KEY
+    number, row, head, start, n_rows = own_place(n_tokens, n_heads)
     do += ((row * n_tokens + start) * n_heads + head) * VALUE
+    q = first_of(q, row, head, start, q_row, q_token, KEY)
+    k = first_of(k, row, head, start, k_row, k_token, KEY)
     inside = read_matrix(
         q, k, g, marks, row, head, start, n_rows, n_tokens, n_heads, number, q_token, k_token,
         scale, KEY, BLOCK_K, PRECISION,
@@ -70,29 +56,11 @@ def spread_back(
 
 @triton.jit(do_not_specialize=SIZES)
 def carry_back(
-    q,
-    k,
-    marks,
-    w,
-    do,
-    dfinal,
-    dx,
-    dstates,
-    dinitial,
-    q_row,
-    q_token,
-    k_row,
-    k_token,
-    n_tokens,
-    n_heads,
-    scale,
-    KEY: tl.constexpr,
-    VALUE: tl.constexpr,
-    ALL_K: tl.constexpr,
-    TILE_V: tl.constexpr,
-    DELTA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q, k, marks, w, do, dfinal, dx, dstates, dinitial,
+    q_row, q_token, k_row, k_token, n_tokens, n_heads, scale,
+    KEY: tl.constexpr, VALUE: tl.constexpr, ALL_K: tl.constexpr, TILE_V: tl.constexpr,
+    DELTA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """The gradients of all states, from the last chunk to the first, and the rest of dx. Grid: tiles of V, pairs."""
     column, pair = tl.program_id(0) * TILE_V, tl.program_id(1)
     n_chunks = tl.cdiv(n_tokens, CHUNK)
@@ -104,13 +72,14 @@ def carry_back(
         number, row, head, start, n_rows = place(n_tokens, n_heads, chunk, pair)
         tl.store(dstates + number * KEY * VALUE + cells, dstate, mask=exist)
         factor = marks_of(marks, 1, number) * marks_of(marks, 3, number)
-        keys = tile(k + row * k_row + start * k_token + head * KEY, n_rows, k_token, 0, KEY, ALL_K) * factor[:, None]
+        keys = tile(first_of(k, row, head, start, k_row, k_token, KEY), n_rows, k_token, 0, KEY, ALL_K)
+        keys *= factor[:, None]
         dwritten = tile(dx + number * CHUNK * VALUE, CHUNK, VALUE, column, VALUE, TILE_V)
         dwritten = tl.dot(keys, dstate, dwritten, input_precision=PRECISION)
         put_tile(dx + number * CHUNK * VALUE, dwritten, CHUNK, VALUE, column, VALUE, TILE_V)
         decay = tl.load(marks + (number * 4 + 3) * CHUNK - 1)
         factor = marks_of(marks, 0, number) * marks_of(marks, 2, number)
-        queries = tile(q + row * q_row + start * q_token + head * KEY, n_rows, q_token, 0, KEY, ALL_K)
+        queries = tile(first_of(q, row, head, start, q_row, q_token, KEY), n_rows, q_token, 0, KEY, ALL_K)
         queries *= (scale * factor)[:, None]
         grad = tile(
             do + ((row * n_tokens + start) * n_heads + head) * VALUE, n_rows, n_heads * VALUE, column, VALUE, TILE_V
@@ -124,43 +93,17 @@ def carry_back(
 
 @triton.jit(do_not_specialize=SIZES)
 def values_back(
-    q,
-    k,
-    v,
-    g,
-    beta,
-    marks,
-    inverse,
-    x,
-    do,
-    dx,
-    dv,
-    dread,
-    dpairs,
-    partial,
-    q_row,
-    q_token,
-    k_row,
-    k_token,
-    v_row,
-    v_token,
-    n_tokens,
-    n_heads,
-    scale,
-    KEY: tl.constexpr,
-    VALUE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    DELTA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q, k, v, g, beta, marks, inverse, x, do, dx, dv, dread, dpairs, partial,
+    q_row, q_token, k_row, k_token, v_row, v_token, n_tokens, n_heads, scale,
+    KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    DELTA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """dv; y over dx, in its place; dq.k products ``dread`` and dk.k products ``dpairs`` [B*H, chunks * 64, 64]; the
     parts of dg and dbeta that come from inside the chunk, ``partial`` [B*H, chunks, 2, 64]. Grid: chunks, pairs."""
-    chunk, pair = tl.program_id(0), tl.program_id(1)
-    number, row, head, start, n_rows = place(n_tokens, n_heads, chunk, pair)
-    q += row * q_row + start * q_token + head * KEY
-    k += row * k_row + start * k_token + head * KEY
-    v += row * v_row + start * v_token + head * VALUE
+    number, row, head, start, n_rows = own_place(n_tokens, n_heads)
+    q = first_of(q, row, head, start, q_row, q_token, KEY)
+    k = first_of(k, row, head, start, k_row, k_token, KEY)
+    v = first_of(v, row, head, start, v_row, v_token, VALUE)
     do += ((row * n_tokens + start) * n_heads + head) * VALUE
     dv += ((row * n_tokens + start) * n_heads + head) * VALUE
     first = number * CHUNK
@@ -205,39 +148,16 @@ def values_back(
 
 @triton.jit(do_not_specialize=SIZES)
 def keys_back(
-    q,
-    k,
-    beta,
-    marks,
-    x,
-    y,
-    do,
-    states,
-    dstates,
-    dread,
-    dpairs,
-    dq,
-    dk,
-    partial,
-    q_row,
-    q_token,
-    k_row,
-    k_token,
-    n_tokens,
-    n_heads,
-    scale,
-    KEY: tl.constexpr,
-    VALUE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    DELTA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q, k, beta, marks, x, y, do, states, dstates, dread, dpairs, dq, dk, partial,
+    q_row, q_token, k_row, k_token, n_tokens, n_heads, scale,
+    KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    DELTA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Gradients of the normalised q and k, float32, for some columns of K, and these columns' parts of those of log a,
     log e and beta, ``partial`` [B*H, chunks, tiles of K, 3, 64]. Grid: chunks, pairs, tiles of K."""
-    chunk, pair, key_tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    number, row, head, start, n_rows = own_place(n_tokens, n_heads)
+    key_tile = tl.program_id(2)
     column_k = key_tile * BLOCK_K
-    number, row, head, start, n_rows = place(n_tokens, n_heads, chunk, pair)
     do += ((row * n_tokens + start) * n_heads + head) * VALUE
     first = number * CHUNK
     # do S^T, x dS^T, y S^T; and S dS, summed over V
@@ -256,9 +176,9 @@ def keys_back(
             error = tile(y + first * VALUE, CHUNK, VALUE, column, VALUE, BLOCK_V)
             from_known = tl.dot(error, tl.trans(state), from_known, input_precision=PRECISION)
 
-    queries = tile(q + row * q_row + start * q_token + head * KEY, n_rows, q_token, column_k, KEY, BLOCK_K)
+    queries = tile(first_of(q, row, head, start, q_row, q_token, KEY), n_rows, q_token, column_k, KEY, BLOCK_K)
     queries *= marks_of(marks, 0, number)[:, None]
-    keys = tile(k + row * k_row + start * k_token + head * KEY, n_rows, k_token, column_k, KEY, BLOCK_K)
+    keys = tile(first_of(k, row, head, start, k_row, k_token, KEY), n_rows, k_token, column_k, KEY, BLOCK_K)
     keys *= marks_of(marks, 1, number)[:, None]
     since_start = marks_of(marks, 2, number)
     until_end = marks_of(marks, 3, number)
@@ -292,32 +212,13 @@ def keys_back(
 
 @triton.jit(do_not_specialize=SIZES)
 def finish(
-    q,
-    k,
-    marks,
-    dq_normal,
-    dk_normal,
-    inside,
-    partial,
-    dq,
-    dk,
-    dg,
-    dbeta,
-    q_row,
-    q_token,
-    k_row,
-    k_token,
-    n_tokens,
-    n_heads,
-    KEY: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TILES: tl.constexpr,
-    NORMALISE: tl.constexpr,
-    DELTA: tl.constexpr,
-):
+    q, k, marks, dq_normal, dk_normal, inside, partial, dq, dk, dg, dbeta,
+    q_row, q_token, k_row, k_token, n_tokens, n_heads,
+    KEY: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr,
+    NORMALISE: tl.constexpr, DELTA: tl.constexpr,
+):  # fmt: skip
     """The gradients of q, k, g and beta [B,T,H,...] from the parts. Grid: chunks, pairs."""
-    chunk, pair = tl.program_id(0), tl.program_id(1)
-    number, row, head, start, n_rows = place(n_tokens, n_heads, chunk, pair)
+    number, row, head, start, n_rows = own_place(n_tokens, n_heads)
     first = number * CHUNK
     rows = tl.arange(0, CHUNK)
     dsince, duntil = tl.zeros((CHUNK,), tl.float32), tl.zeros((CHUNK,), tl.float32)
@@ -335,8 +236,8 @@ def finish(
     tl.store(dg + gates, dgate.to(dg.dtype.element_ty), mask=rows < n_rows)
     tl.store(dbeta + gates, dstrength.to(dbeta.dtype.element_ty), mask=rows < n_rows)
 
-    q += row * q_row + start * q_token + head * KEY
-    k += row * k_row + start * k_token + head * KEY
+    q = first_of(q, row, head, start, q_row, q_token, KEY)
+    k = first_of(k, row, head, start, k_row, k_token, KEY)
     to = ((row * n_tokens + start) * n_heads + head) * KEY
     q_factor = marks_of(marks, 0, number)
     k_factor = marks_of(marks, 1, number)

@@ -118,6 +118,14 @@ def _block(n_tokens, n_channels, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def _outputs(row_stride, n_tokens, n_channels, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Where this program's outputs [B,T,C] lie, and the first input of each; and which of them exist."""
+    row, tokens, channels, exists = _block(n_tokens, n_channels, BLOCK_T, BLOCK_C)
+    cell = (row * n_tokens + tokens) * n_channels + channels
+    return cell, row * row_stride + tokens * n_channels + channels, exists
+
+
+@triton.jit
 def _weighted_sum(inputs, kernels, source, cell, exists, n_channels, WIDTH: tl.constexpr):
     """z of a block, in float32."""
     z = tl.zeros(exists.shape, tl.float32)
@@ -129,20 +137,10 @@ def _weighted_sum(inputs, kernels, source, cell, exists, n_channels, WIDTH: tl.c
 
 @triton.jit
 def _forward(
-    inputs,
-    kernels,
-    y,
-    row_stride,
-    n_tokens,
-    n_channels,
-    SILU: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    row, tokens, channels, exists = _block(n_tokens, n_channels, BLOCK_T, BLOCK_C)
-    cell = (row * n_tokens + tokens) * n_channels + channels
-    source = row * row_stride + tokens * n_channels + channels
+    inputs, kernels, y, row_stride, n_tokens, n_channels,
+    SILU: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    cell, source, exists = _outputs(row_stride, n_tokens, n_channels, BLOCK_T, BLOCK_C)
     z = _weighted_sum(inputs, kernels, source, cell, exists, n_channels, WIDTH)
     if SILU:
         z = z * tl.sigmoid(z)
@@ -151,22 +149,10 @@ def _forward(
 
 @triton.jit
 def _backward_kernels(
-    inputs,
-    kernels,
-    dy,
-    dz,
-    dkernels,
-    row_stride,
-    n_tokens,
-    n_channels,
-    SILU: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    row, tokens, channels, exists = _block(n_tokens, n_channels, BLOCK_T, BLOCK_C)
-    cell = (row * n_tokens + tokens) * n_channels + channels
-    source = row * row_stride + tokens * n_channels + channels
+    inputs, kernels, dy, dz, dkernels, row_stride, n_tokens, n_channels,
+    SILU: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    cell, source, exists = _outputs(row_stride, n_tokens, n_channels, BLOCK_T, BLOCK_C)
     grad = tl.load(dy + cell, mask=exists, other=0.0).to(tl.float32)
     if SILU:
         z = _weighted_sum(inputs, kernels, source, cell, exists, n_channels, WIDTH)
@@ -180,14 +166,7 @@ def _backward_kernels(
 
 @triton.jit
 def _backward_inputs(
-    kernels,
-    dz,
-    dinputs,
-    n_tokens,
-    n_channels,
-    WIDTH: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    kernels, dz, dinputs, n_tokens, n_channels, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr
 ):
     # n_tokens counts the inputs here, W-1 more than there are outputs.
     row, positions, channels, exists = _block(n_tokens, n_channels, BLOCK_T, BLOCK_C)

@@ -31,18 +31,9 @@ def _precision(*inputs: Tensor) -> str:
 
 
 def run_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state: Tensor | None,
-    *,
-    scale: float,
-    qk_l2norm: bool,
-    delta: bool,
-    precision: str | None = None,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None,
+    *, scale: float, qk_l2norm: bool, delta: bool, precision: str | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The gated delta rule, or with ``delta`` False the gated Hebbian; differentiable once.
 
     Args:
@@ -120,17 +111,9 @@ def _rows(x: Tensor) -> Tensor:
 
 @custom_op("sleepify::chunked_rule", mutates_args=())
 def chunked_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state: Tensor | None,
-    scale: float,
-    qk_l2norm: bool,
-    delta: bool,
-    precision: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None,
+    scale: float, qk_l2norm: bool, delta: bool, precision: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """o, the last state, and for the backward pass the marks and R."""
     q, k, v, g, beta = _rows(q), _rows(k), _rows(v), g.contiguous(), beta.contiguous()
     state = None if state is None else state.contiguous()
@@ -165,21 +148,10 @@ def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor, Te
 
 @custom_op("sleepify::chunked_rule_backward", mutates_args=())
 def chunked_rule_backward(
-    do: Tensor,
-    dfinal: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state: Tensor | None,
-    marks: Tensor,
-    inverse: Tensor,
-    scale: float,
-    qk_l2norm: bool,
-    delta: bool,
-    precision: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    do: Tensor, dfinal: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None,
+    marks: Tensor, inverse: Tensor, scale: float, qk_l2norm: bool, delta: bool, precision: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k, v, g, beta, in their dtypes, and of the state, in float32."""
     q, k, v, g, beta, do = _rows(q), _rows(k), _rows(v), g.contiguous(), beta.contiguous(), do.contiguous()
     state, dfinal = None if state is None else state.contiguous(), dfinal.contiguous()

@@ -97,6 +97,8 @@ class SleepConfig(Settings, PreTrainedConfig):
     model_type = "sleepify"
     sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
     is_composition: ClassVar[bool] = True
+    # What loads models by name looks into it; None would be an error there.
+    auto_map = dict[str, str]()
 
     text_config: Any = None
     fast_weights: Any = None

@@ -140,6 +140,6 @@ class SleepGeneration(GenerationMixin):
             input_ids = input_ids[:, -1:]
             attention_mask = None if ended is None else ended.going_on()
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": past_key_values}
-        # transformers counts positions itself; a session knows them.
-        dropped = ("labels", "position_ids", "cache_position")
+        # transformers counts positions itself, which a session knows, and has made stop strings of the tokenizer.
+        dropped = ("labels", "position_ids", "cache_position", "tokenizer")
         return inputs | {name: value for name, value in kwargs.items() if name not in dropped}

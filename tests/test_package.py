@@ -62,8 +62,8 @@ EDGES: dict[str, set[str]] = {
     "checkpoints": {"card", "config", "errors", "files", "fingerprint", "manifest"},
     "retrofit": {"config", "defaults", "fingerprint", "hosts", "modeling", "settings"},
     "training": {
-        *("config", "defaults", "errors", "fast_weights", "files", "manifest", "memory", "modeling", "retrofit"),
-        *("schedule", "settings", "tasks"),
+        *("config", "defaults", "errors", "fast_weights", "files", "manifest", "memory", "modeling", "packing"),
+        *("retrofit", "rows", "schedule", "settings", "tasks"),
     },
     "__init__": {"cache", "config", "errors", "modeling", "models", "retrofit", "version"},
     "__main__": {"hosts", "ops", "version"},

@@ -127,7 +127,8 @@ class SleepConfig(Settings, PreTrainedConfig):
                 "expected a model that predicts tokens, got num_labels=1, that of a reward model: a sleeping model has "
                 "no head that scores texts; train the reward model from the base"
             )
-        PreTrainedConfig.num_labels.__set__(self, num_labels)
+        inherited: Any = PreTrainedConfig.num_labels
+        inherited.__set__(self, num_labels)
 
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.text_config, dict):

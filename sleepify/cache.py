@@ -175,6 +175,12 @@ class SleepCache(Cache):
                 )
         return [ids[count:] for ids, count in zip(rows, seen, strict=True)]
 
+    def text_lengths(self) -> list[int]:
+        """Tokens of each row's text, also those that were made but not read yet."""
+        if self.now is None or not self.now.pending:
+            return self.seen
+        return [seen + len(unread) for seen, unread in zip(self.now.seen, self.now.pending, strict=True)]
+
     # --- what transformers asks of a cache -------------------------------------------------------------------------
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -9,6 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from sleepify.settings import Settings
 
+_OF_LOGITS = ("logit_scale", "final_logit_softcapping")
 RULES = ("gdn", "jet", "mamba2")
 
 
@@ -97,6 +98,8 @@ class SleepConfig(Settings, PreTrainedConfig):
     model_type = "sleepify"
     sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
     is_composition: ClassVar[bool] = True
+    # What loads models by name looks into it; None would be an error there.
+    auto_map = dict[str, str]()
 
     text_config: Any = None
     # None until the base is known.
@@ -107,6 +110,27 @@ class SleepConfig(Settings, PreTrainedConfig):
     base_model_revision: str | None = None
     base_fingerprint: str | None = None
     tie_word_embeddings: bool = False
+
+    def __getattr__(self, name: str) -> Any:
+        """What the base does to its logits, for trainers that do it themselves and look for it here."""
+        if name in _OF_LOGITS:
+            return getattr(self.text_config, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @property
+    def num_labels(self) -> int | None:
+        """As in transformers; no use is made of it."""
+        return len(self.id2label) if self.id2label is not None else None
+
+    @num_labels.setter
+    def num_labels(self, num_labels: int) -> None:
+        if num_labels == 1:
+            raise ValueError(
+                "expected a model that predicts tokens, got num_labels=1, that of a reward model: a sleeping model has "
+                "no head that scores texts; train the reward model from the base"
+            )
+        inherited: Any = PreTrainedConfig.num_labels
+        inherited.__set__(self, num_labels)
 
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.text_config, dict):

@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import GenerationMixin, StoppingCriteriaList
 
 from sleepify.cache import SleepCache
+from sleepify.packing import Marks
+from sleepify.rows import Rows
 
 
 class Ended(StoppingCriteriaList):
@@ -56,6 +58,7 @@ class SleepGeneration(GenerationMixin):
             new_tokens: with ``past_key_values``, ``inputs`` are only what is new in the conversation, not all of it.
         """
         cache = kwargs.get("past_key_values")
+        self._check_marks(args[0] if args else kwargs.get("inputs", kwargs.get("input_ids")), cache, kwargs)
         before = cache.now if isinstance(cache, SleepCache) else None
         given = {"inputs": args[0] if args else kwargs.get("inputs"), "attention_mask": kwargs.get("attention_mask")}
         for name, value in (given | {"input_ids": kwargs.get("input_ids")}).items():
@@ -67,6 +70,19 @@ class SleepGeneration(GenerationMixin):
             if isinstance(cache, SleepCache):
                 cache.now = before
             raise
+
+    def _check_marks(self, ids: Any, cache: Any, kwargs: dict[str, Any]) -> None:
+        """See that the prompt's positions and types say what is so anyway, and take them out: no step needs them."""
+        marks = Marks(**{name: kwargs.pop(name, None) for name in ("position_ids", "cache_position", "token_type_ids")})
+        if marks == Marks():
+            return
+        config: Any = self.config  # type: ignore[attr-defined]
+        past = seen = None
+        if isinstance(cache, SleepCache) and kwargs.get("new_tokens"):
+            past, seen = cache.get_seq_length(), cache.text_lengths()
+        vocabulary, mask = config.text_config.vocab_size, kwargs.get("attention_mask")
+        if Rows.of(ids, mask, None, None, None, vocabulary, past, marks, seen).packed:
+            raise ValueError("expected one text per row to go on with, got position_ids that begin at 0 again")
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -133,4 +149,6 @@ class SleepGeneration(GenerationMixin):
             input_ids = input_ids[:, -1:]
             attention_mask = None if ended is None else ended.going_on()
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": past_key_values}
-        return inputs | {name: value for name, value in kwargs.items() if name != "labels"}
+        # transformers counts positions itself, which a session knows, and has made stop strings of the tokenizer.
+        dropped = ("labels", "position_ids", "cache_position", "tokenizer")
+        return inputs | {name: value for name, value in kwargs.items() if name not in dropped}

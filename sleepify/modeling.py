@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from sleepify import sleep as algorithm
+from sleepify.backbone import Backbone
 from sleepify.cache import SleepCache
 from sleepify.checkpoints import SleepCheckpoint
 from sleepify.config import SleepConfig
@@ -22,12 +23,16 @@ from sleepify.defaults import LiveSettings, resolve
 from sleepify.fast_weights import LAYERS, FastWeightLayer
 from sleepify.generation import SleepGeneration
 from sleepify.hosts import Host, host_class
-from sleepify.loss import check_count, summed_cross_entropy
+from sleepify.keywords import refuse, refuse_unequal_ranks
+from sleepify.loss import check_count
 from sleepify.memory import Memory
 from sleepify.on_demand import SleepOnDemand
+from sleepify.packing import Marks
 from sleepify.precision import cast_per_use
-from sleepify.rows import Rows
-from sleepify.schedule import Schedule, Sleep, schedule
+from sleepify.reading import Reading
+from sleepify.recompute import SleepRecompute
+from sleepify.rows import NO_COLUMNS, Rows
+from sleepify.schedule import Sleep, schedule
 from sleepify.settings import Settings, check_positive
 from sleepify.snapshot import Snapshot
 
@@ -35,7 +40,7 @@ _INCIDENTAL = {"dtype", "torch_dtype", "architectures", "transformers_version", 
 
 
 class SleepForCausalLM(
-    SleepGeneration, SleepOnDemand, SleepCheckpoint, GenerationMixin
+    SleepGeneration, SleepOnDemand, SleepRecompute, SleepCheckpoint, GenerationMixin
 ):  # transformers looks for the last by name
     """A base model that consolidates full windows of its context into fast weights.
 
@@ -79,8 +84,7 @@ class SleepForCausalLM(
         for module in language_model.modules():
             if getattr(module, "gradient_checkpointing", False):
                 module.gradient_checkpointing = False
-        # None: as config.checkpoint says.
-        self._recompute: bool | None = None
+        self._recompute = None
         self._settings = LiveSettings(config.fast_weights)
         self._host: tuple[Any, Host | None] = (None, None)
         self.watch: Callable[[Sleep, Memory], None] | None = None
@@ -118,6 +122,12 @@ class SleepForCausalLM(
             host = host_class(self.config.text_config)(self.language_model, layers, settings.loop_range, window)
             self._host = (made_of, host)
         return host
+
+    @property
+    def base_model(self) -> Backbone:
+        """The model without its head, for trainers that apply the head themselves."""
+        parts = {"language_model": self.language_model, "fast_weights": self.fast_weights}
+        return Backbone(parts, self.config, self._read)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -169,32 +179,6 @@ class SleepForCausalLM(
         for layer in (*self.blocks.layers, *self.fast_weights):
             layer.compile(*args, **kwargs)
 
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        """Recompute per pass (or as ``config.checkpoint`` says), never re-entrant: layers of the base alone cannot,
-        because their state must come out of the recomputed part as its value."""
-        if gradient_checkpointing_kwargs and gradient_checkpointing_kwargs.get("use_reentrant"):
-            raise ValueError("expected use_reentrant=False, got True: the state crosses windows as a value")
-        # transformers' activation_checkpointing_enable, which Trainer calls, arrives here with its defaults.
-        if other := {name: value for name, value in kwargs.items() if value not in (None, False, 1)}:
-            raise ValueError(f"expected every_n_layers=1 and offload=False, got {other}; set config.checkpoint instead")
-        self._recompute = True
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep all activations."""
-        self._recompute = False
-
-    @property
-    def is_activation_checkpointing(self) -> bool:
-        """Whether activations are recomputed."""
-        return self.options().checkpoint != "none"
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        """What transformers before 5.23 asks."""
-        return self.is_activation_checkpointing
-
     # --- forward ---------------------------------------------------------------------------------------------------
 
     def options(self, n_loops: int | None = None) -> Settings:
@@ -224,6 +208,14 @@ class SleepForCausalLM(
         inputs_embeds: None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        position_ids: Tensor | None = None,
+        cache_position: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | Tensor | None = None,
+        max_length_k: int | Tensor | None = None,
     ) -> CausalLMOutputWithPast:
         """Read tokens, asleep where a window is full and awake where a prediction is asked for (§5, Alg. 1).
 
@@ -236,8 +228,8 @@ class SleepForCausalLM(
                 ``num_items_in_batch``.
             use_cache: return a session. By default where it is of use: one was given, or no loss is asked for in
                 evaluation.
-            logits_to_keep: logits of the last so many columns, or of the columns given; 0 for all. By default all
-                without labels and none with labels, since the loss needs only the supervised positions.
+            logits_to_keep: logits of the last so many columns, or of the columns given; 0 for all. By default all,
+                but in training with labels none, since the loss needs only the supervised positions.
             n_loops: another N for this call.
             num_items_in_batch: what to divide the summed loss by (gradient accumulation).
             awake: [B, T] bool, tokens to read awake although nothing is asked of them. When given, also with none set,
@@ -245,6 +237,9 @@ class SleepForCausalLM(
                 need it.
             inputs_embeds, output_attentions, output_hidden_states: wrappers such as peft name them; they must be off,
                 since sleep replays ids, and hidden states of several passes have no place in one tuple.
+            position_ids, cache_position, token_type_ids: must say what is so anyway. Positions that begin at 0 again,
+            seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: mark the texts that are packed into a
+                row, see `Marks`; each is read as if it were a row of its own. Not with a cache.
 
         Returns:
             ``loss``, ``logits`` [B, columns, V] (0 at padding) and ``past_key_values``, each None if not asked for.
@@ -252,30 +247,57 @@ class SleepForCausalLM(
         Raises:
             ValueError: for shapes that do not fit, a cache of another model or batch, right padding with a cache.
         """
-        refused = {
-            "inputs_embeds": inputs_embeds is not None,
-            "output_attentions": output_attentions,
-            "output_hidden_states": output_hidden_states,
-        }
-        if asked := [name for name, value in refused.items() if value]:
-            raise ValueError(f"expected {', '.join(asked)} to be off, got it on: sleep replays the ids of a window")
+        refuse(
+            inputs_embeds=inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
+        check_count(num_items_in_batch)
+        boundaries = (seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+        marks = Marks(position_ids, cache_position, token_type_ids, *boundaries)
+        reading = self._read(
+            input_ids, attention_mask, past_key_values, labels, use_cache, logits_to_keep, n_loops, awake, marks
+        )
+        loss, logits = reading.predict(num_items_in_batch)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=reading.keep())
+
+    def _read(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: SleepCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor | None = None,
+        n_loops: int | None = None,
+        awake: Tensor | None = None,
+        marks: Marks | None = None,
+    ) -> Reading:
+        """Read tokens as `forward` says, for what it or the backbone does with them."""
         if past_key_values is not None and not isinstance(past_key_values, SleepCache):
             raise ValueError(f"expected past_key_values to be a SleepCache, got {type(past_key_values).__name__}")
+        if awake is None and (self.training or labels is not None or torch.is_grad_enabled()):
+            refuse_unequal_ranks(self.blocks.layers)
+        if logits_to_keep is None and labels is not None and self.training:
+            logits_to_keep = NO_COLUMNS
         settings = self.options(n_loops)
         blocks = self.host_of(settings)
         cache = past_key_values
         kept = labels is None if use_cache is None else use_cache
-        session, tokens = self._take_in(input_ids, attention_mask, labels, awake, logits_to_keep, cache, settings, kept)
+        given = (input_ids, attention_mask, labels, awake, logits_to_keep)
+        session, tokens = self._take_in(*given, cache, settings, kept, marks)
         if use_cache is None:
-            use_cache = cache is not None or (labels is None and not self.training and not tokens.right_padded)
+            by_default = not (labels is not None or self.training or tokens.right_padded or tokens.packed)
+            use_cache = cache is not None or by_default
         if use_cache and cache is None:
             if tokens.right_padded:
                 raise ValueError(
                     "expected left-padded rows with a cache, got right-padded ones; "
                     "set tokenizer.padding_side = 'left' or use_cache=False"
                 )
+            if tokens.packed:
+                raise ValueError("expected one text per row with a cache, got packed rows; set use_cache=False")
             cache = SleepCache()
-        check_count(num_items_in_batch)
         plan = schedule(
             session.open_lengths,
             tokens.lengths,
@@ -291,12 +313,12 @@ class SleepForCausalLM(
             session, pieces = algorithm.read(
                 blocks, session, tokens.ids, plan.rounds, settings, keep=use_cache, watch=self.watch
             )
-        loss, logits = self._predict(blocks, pieces, plan, tokens, num_items_in_batch, whole=awake is not None)
-        if use_cache and cache is not None:
+        after = None
+        if use_cache:
             # What is read outside training is a constant: a session must not hold every graph since its beginning.
-            session = session if self.training else session.map(Tensor.detach)
-            cache.now = replace(session, columns=session.columns + input_ids.shape[1])
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
+            after = session if self.training else session.map(Tensor.detach)
+            after = replace(after, columns=after.columns + input_ids.shape[1])
+        return Reading(blocks, pieces, plan, tokens, cache, after, whole=awake is not None)
 
     def _take_in(
         self,
@@ -308,42 +330,21 @@ class SleepForCausalLM(
         cache: SleepCache | None,
         settings: Settings,
         kept: bool,
+        marks: Marks | None,
     ) -> tuple[Snapshot, Rows]:
         """The session that a call goes on from, and its batch, before which comes what the session must read first."""
         vocabulary = self.config.text_config.vocab_size
         past = None if cache is None else cache.get_seq_length()
-        tokens = Rows.of(input_ids, mask, labels, awake, keep, vocabulary, past)
-        owner, batch = self.owner_of(settings), input_ids.shape[0]
+        read = None if cache is None else cache.text_lengths()
+        tokens = Rows.of(input_ids, mask, labels, awake, keep, vocabulary, past, marks, read)
+        owner, window_size = self.owner_of(settings), settings.window_size
         if cache is None:
-            return Snapshot.empty(owner, batch, settings.window_size, input_ids.device, kept), tokens
-        session = cache.begin(owner, batch, settings.window_size, input_ids.device)
+            return Snapshot.empty(owner, len(tokens.lengths), window_size, input_ids.device, kept), tokens
+        session = cache.begin(owner, input_ids.shape[0], window_size, input_ids.device)
         first = session.first()
         if any(len(ids) for ids in first):
             tokens = tokens.after(first)
         return session.from_start(), tokens
-
-    def _predict(
-        self,
-        blocks: Host,
-        pieces: Sequence[Tensor],
-        plan: Schedule,
-        tokens: Rows,
-        num_items: int | Tensor | None,
-        whole: bool,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Loss and logits from the hidden states of the wanted tokens."""
-        if pieces:
-            hidden = pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
-        else:
-            embeddings: Any = self.get_input_embeddings()
-            hidden = embeddings.weight.new_zeros(0, self.config.text_config.hidden_size)
-        scores = blocks.logits(hidden) if tokens.columns.size else None
-        loss = None
-        if tokens.labels is not None:
-            targets, count = tokens.targets(plan.rows, plan.columns)
-            total = summed_cross_entropy(blocks.logits, hidden, targets, scores, whole)
-            loss = total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items or max(1, count))
-        return loss, None if scores is None else tokens.spread(scores, plan.rows, plan.columns)
 
     def owner_of(self, settings: Settings) -> str:
         """What a session must agree with: weights may be trained on, shapes and windows may not change."""

@@ -14,28 +14,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sleepify.packing import Marks, texts
+
 IGNORE = -100
 """Label of a token of which no prediction is asked."""
+
+NO_COLUMNS = torch.zeros(0, dtype=torch.long)
+"""As ``logits_to_keep``: logits of no column."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """One batch, of B rows that were given in T columns.
+    """One batch, given in T columns, as B rows: those given, or one per text where several are packed into a row.
 
     Attributes:
         ids: [B, W], row r real in its first ``lengths[r]`` columns.
         lengths: tokens per row.
+        batch: rows given.
         width: T.
-        source: [B, W], where each aligned token was among the B * T given; None if none moved.
+        source: [B, W], where each aligned token was among the batch * T given; None if none moved.
         columns: of which logits are asked, as they were given.
         wanted: [B, W] bool, aligned tokens of which something is asked; None for all.
         labelled: [B, W] bool, aligned tokens whose next token has a label; None without labels.
-        labels: [B, T] as given.
+        labels: [batch, T] as given.
         right_padded: whether a row ends in padding.
     """
 
     ids: Tensor
     lengths: list[int]
+    batch: int
     width: int
     source: np.ndarray | None
     columns: np.ndarray
@@ -54,6 +61,8 @@ class Rows:
         keep: int | Tensor | None,
         vocabulary: int,
         past: int | None = None,
+        marks: Marks | None = None,
+        seen: Sequence[int] | None = None,
     ) -> Rows:
         """Check a batch and take it apart.
 
@@ -62,10 +71,11 @@ class Rows:
             mask: [B, T] or, with a session, [B, past + T]; 1 where a token is real.
             labels: [B, T]; -100 where there is none.
             awake: [B, T] bool, tokens of which something is asked in any case.
-            keep: columns of which logits are asked: the last so many, or those given; 0 for all, None for none with
-                labels and all without.
+            keep: columns of which logits are asked: the last so many, or those given; 0 or None for all.
             vocabulary: number of ids and labels there are.
             past: columns read before in this session; None without one.
+            marks: what else the caller says: positions, and where texts begin.
+            seen: tokens of each row read before in this session; None without one.
 
         Raises:
             TypeError, ValueError: for what is no batch, saying what was expected.
@@ -83,22 +93,28 @@ class Rows:
             if not isinstance(awake, Tensor) or awake.dtype != torch.bool or awake.shape != ids.shape:
                 raise ValueError(f"expected awake to be bool of shape {tuple(ids.shape)}, got {_describe(awake)}")
             given["awake"] = awake
+        if marks is not None:
+            given |= marks.tensors(batch, width)
         _check_range("input_ids", ids, vocabulary)
         if labels is not None:
             _check_range("labels", labels, vocabulary, but=IGNORE)
         here = _fetch(given)
         is_float = mask is not None and mask.is_floating_point()
         real, lengths, right_padded = _real(here.get("mask"), batch, width, past, is_float)
-        columns = _columns(keep, width, default_all=labels is None)
+        columns = _columns(keep, width)
 
         if not given and columns.size == width:
-            return cls(ids, lengths, width, None, columns, None, None, None, False)
+            return cls(ids, lengths, batch, width, None, columns, None, None, None, False)
+        begins = None if marks is None else marks.begins(here, real, seen, past or 0)
         source = None
-        if any(length != width for length in lengths):
+        if begins is not None:
+            source, lengths = texts(real, begins)
+            ids = ids.reshape(-1)[torch.from_numpy(source).to(ids.device, non_blocking=True)]
+        elif any(length != width for length in lengths):
             order = np.argsort(~real, axis=1, kind="stable")
             source = order + np.arange(batch)[:, None] * width
             ids = ids.reshape(-1)[torch.from_numpy(source).to(ids.device, non_blocking=True)]
-        aligned = np.arange(width)[None, :] < np.asarray(lengths)[:, None]
+        aligned = np.arange(ids.shape[1])[None, :] < np.asarray(lengths)[:, None]
         asked = np.zeros(width, dtype=bool)
         asked[columns] = True
         wanted = np.broadcast_to(asked, (batch, width)).copy()
@@ -107,17 +123,23 @@ class Rows:
         wanted = _move(wanted, source) & aligned
         labelled = None
         if "labels" in here:
-            labelled = np.zeros((batch, width), dtype=bool)
+            labelled = np.zeros(aligned.shape, dtype=bool)
             labelled[:, :-1] = (_move(here["labels"].astype(bool), source) & aligned)[:, 1:]
             wanted |= labelled
         everything = wanted.all()
-        return cls(ids, lengths, width, source, columns, None if everything else wanted, labelled, labels, right_padded)
+        wanted = None if everything else wanted
+        return cls(ids, lengths, batch, width, source, columns, wanted, labelled, labels, right_padded)
+
+    @property
+    def packed(self) -> bool:
+        """Whether a row given held several texts."""
+        return len(self.lengths) != self.batch
 
     @classmethod
     def nothing(cls, batch: int, device: torch.device) -> Rows:
         """Rows without a token."""
         ids, none = torch.zeros(batch, 0, dtype=torch.long, device=device), np.zeros(0, dtype=np.int64)
-        return cls(ids, [0] * batch, 0, None, none, np.zeros((batch, 0), dtype=bool), None, None, False)
+        return cls(ids, [0] * batch, batch, 0, None, none, np.zeros((batch, 0), dtype=bool), None, None, False)
 
     def after(self, first: Sequence[Tensor]) -> Rows:
         """The same rows behind other tokens [n], of which nothing is asked."""
@@ -146,8 +168,8 @@ class Rows:
         return self.labels.reshape(-1)[index].masked_fill(real == 0, IGNORE), int(has.sum())
 
     def spread(self, scores: Tensor, rows: np.ndarray, columns: np.ndarray) -> Tensor:
-        """Logits [M, V] of aligned tokens into [B, asked columns, V] as they were given, 0 where there is none."""
-        batch, width = self.ids.shape[0], self.width
+        """Values [M, V] of aligned tokens into [batch, asked columns, V] as they were given, 0 where there is none."""
+        batch, width = self.batch, self.width
         if scores.shape[0] == batch * self.columns.size == 1:
             return scores[None]
         asked, back = np.unique(self.columns, return_inverse=True)
@@ -171,7 +193,7 @@ class Rows:
         return logits if np.array_equal(asked, self.columns) else logits[:, _on(back, scores)]
 
     def _given(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """Where aligned tokens were among the B * T given."""
+        """Where aligned tokens were among the batch * T given."""
         return rows * self.width + columns if self.source is None else self.source[rows, columns]
 
 
@@ -188,10 +210,11 @@ def _fetch(given: dict[str, Tensor]) -> dict[str, np.ndarray]:
     if not given:
         return {}
     home = next(iter(given.values())).device
-    flat = torch.cat([tensor.to(home, torch.uint8).reshape(-1) for tensor in given.values()]).cpu().numpy()
-    ends = np.cumsum([tensor.numel() for tensor in given.values()])
-    parts = np.split(flat, ends[:-1])
-    return {name: part.reshape(tuple(given[name].shape)) for name, part in zip(given, parts, strict=True)}
+    flat = [tensor.to(home).reshape(-1).contiguous().view(torch.uint8) for tensor in given.values()]
+    parts = np.split(torch.cat(flat).cpu().numpy(), np.cumsum([len(part) for part in flat])[:-1])
+    kinds = (np.int32 if tensor.dtype == torch.int32 else np.uint8 for tensor in given.values())
+    arrays = (part.view(kind) for part, kind in zip(parts, kinds, strict=True))
+    return {name: array.reshape(tuple(given[name].shape)) for name, array in zip(given, arrays, strict=True)}
 
 
 def _whole(value: Any, name: str, like: Tensor | None = None) -> Tensor:
@@ -253,11 +276,11 @@ def _real(
     return real, lengths.tolist(), right_padded
 
 
-def _columns(keep: int | Tensor | None, width: int, default_all: bool) -> np.ndarray:
+def _columns(keep: int | Tensor | None, width: int) -> np.ndarray:
     """Columns of which logits are asked, as given."""
     every = np.arange(width)
     if keep is None:
-        return every if default_all else every[:0]
+        return every
     if isinstance(keep, Tensor):
         chosen = keep.detach().cpu().numpy()
         if chosen.ndim != 1 or chosen.dtype.kind not in "ib" or (chosen.dtype == bool and chosen.size != width):

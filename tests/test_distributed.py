@@ -230,7 +230,7 @@ def test_ranks_with_different_rows_call_the_same_layers_and_keep_their_gradients
 
     monkeypatch.setattr(rounds.dist, "all_reduce", all_reduce)
     with true_float64():
-        model = trainable(dtype=torch.float64, **keywords)
+        model = trainable(dtype=torch.float64, **keywords).train()
         before = [calls(model, batch) for batch in batches]
         after = [calls(model, rounds.equalise(batch, 8, truncated)) for batch in batches]
     assert len({str(order) for order, _ in before}) > 1

@@ -267,10 +267,13 @@ class Host:
         arguments["sliding_window"] = call.reach
         return None
 
+    def normed(self, hidden_states: Tensor) -> Tensor:
+        """Final norm, in the precision of the head that reads it; [..., D] to [..., D]."""
+        return self.norm(hidden_states).to(self.language_model.get_output_embeddings().weight.dtype)
+
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Final norm, head and what the family does to its logits; [..., D] to [..., V]."""
-        head = self.language_model.get_output_embeddings()
-        logits = head(self.norm(hidden_states).to(head.weight.dtype))
+        logits = self.language_model.get_output_embeddings()(self.normed(hidden_states))
         for factor in self._factors:
             logits = logits * factor
         if self._divisor is not None:

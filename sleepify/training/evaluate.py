@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sleepify.config import SleepConfig
 from sleepify.defaults import resolve
 from sleepify.modeling import SleepForCausalLM
+from sleepify.rows import NO_COLUMNS
 from sleepify.settings import check_positive
 from sleepify.tasks.base import IGNORE, Example, Split, score
 from sleepify.training.data import SleepCollator, Task
@@ -305,13 +306,18 @@ def perplexity(model: nn.Module, ids: Sequence[int], *, context: int, n_loops: i
     if context < 2 or len(ids) < 2:
         raise ValueError(f"expected a text and pieces of at least two tokens, got {len(ids)} and context={context}")
     device = next(model.parameters()).device
-    options = {} if n_loops is None else {"n_loops": n_loops}
+    options: dict[str, Any] = {} if n_loops is None else {"n_loops": n_loops}
+    if isinstance(_unwrap(model), SleepForCausalLM):
+        options["logits_to_keep"] = NO_COLUMNS
     total, count = 0.0, 0
     was_training = model.training
     model.eval()
     try:
         for first in range(0, len(ids) - 1, context):
             piece = torch.tensor([list(ids[first : first + context])], device=device)
+            if "logits_to_keep" in options and dist.is_initialized() and dist.get_world_size() > 1:
+                # All ranks read the same.
+                options["awake"] = torch.zeros_like(piece, dtype=torch.bool)
             loss = model(input_ids=piece, labels=piece, use_cache=False, **options).loss
             total += float(loss) * (piece.shape[1] - 1)
             count += piece.shape[1] - 1

@@ -10,7 +10,7 @@ that computes has no target, so that its gradient is exactly zero.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sleepify.packing import Marks
 from sleepify.schedule import schedule
 from sleepify.tasks.base import IGNORE
+
+PACKED = frozenset(field.name for field in fields(Marks))
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,11 @@ class Calls:
     ends: np.ndarray
 
     @classmethod
-    def of(cls, labelled: np.ndarray, real: np.ndarray, window_size: int) -> Calls:
-        """From where labels and real tokens are, [B, T] bool each, real ones first."""
-        wanted = np.zeros_like(labelled)
-        wanted[:, :-1] = (labelled & real)[:, 1:]
+    def of(cls, labelled: np.ndarray, real: np.ndarray, window_size: int, every: bool = False) -> Calls:
+        """From where labels and real tokens are, [B, T] bool each, real ones first; ``every`` real one may be asked."""
+        wanted = real if every else np.zeros_like(labelled)
+        if not every:
+            wanted[:, :-1] = (labelled & real)[:, 1:]
         lengths = real.sum(1).tolist()
         rounds = schedule([0] * len(lengths), lengths, wanted, window_size, keep=False).rounds
         ends = np.full(len(lengths), -1)
@@ -54,7 +58,7 @@ class Calls:
         return np.concatenate([awake, ending])
 
 
-def equalise(batch: dict[str, Any], window_size: int, truncated: bool) -> dict[str, Any]:
+def equalise(batch: dict[str, Any], window_size: int, truncated: bool, every: bool = False) -> dict[str, Any]:
     """The batch, with rows of padding added so that the model calls its layers as on all other ranks.
 
     A collective: every rank calls it with its own batch.
@@ -64,17 +68,26 @@ def equalise(batch: dict[str, Any], window_size: int, truncated: bool) -> dict[s
         window_size: L.
         truncated: whether gradient flows through the last sleeps of a row only, so that rows that end in different
             rounds sleep in different groups.
+        every: whether logits are asked of all tokens, and not only the loss.
 
     Returns:
         The batch right-padded, with ``awake``, and with more rows where something was missing.
+
+    Raises:
+        ValueError: for packed rows.
     """
+    if packed := sorted(batch.keys() & PACKED):
+        raise ValueError(
+            f"expected one text per row where layers are sharded over processes, got {', '.join(packed)}: collate "
+            "without packing, or train without sharding"
+        )
     ids, labels = batch["input_ids"], batch["labels"]
     mask = batch.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
     order = mask.argsort(dim=1, descending=True, stable=True)
     rows = {name: t.gather(1, order) for name, t in (("input_ids", ids), ("labels", labels), ("attention_mask", mask))}
     labelled, real = torch.stack([rows["labels"] != IGNORE, rows["attention_mask"].bool()]).cpu().numpy()
-    mine = Calls.of(labelled, real, window_size)
+    mine = Calls.of(labelled, real, window_size, every)
 
     most = torch.tensor(len(mine.awake), device=ids.device)
     dist.all_reduce(most, dist.ReduceOp.MAX)
@@ -91,6 +104,8 @@ def equalise(batch: dict[str, Any], window_size: int, truncated: bool) -> dict[s
     width = max([ids.shape[1], *lengths])
     padded = {name: _grow(t, width, len(extra), IGNORE if name == "labels" else 0) for name, t in rows.items()}
     awake = np.zeros((len(ends), width), dtype=bool)
+    if every:
+        awake[: len(real), : real.shape[1]] = real
     for row, length in enumerate(lengths, start=len(ids)):
         padded["attention_mask"][row, :length] = 1
         awake[row, length - 1] = True
@@ -98,6 +113,20 @@ def equalise(batch: dict[str, Any], window_size: int, truncated: bool) -> dict[s
         woken = (awake_anywhere & ~awake_here).nonzero()[0]
         awake[int(np.argmax(ends)), woken * window_size] = True
     return batch | padded | {"awake": torch.from_numpy(awake).to(ids.device)}
+
+
+def restore(values: Tensor, mask: Tensor | None, shape: torch.Size) -> Tensor:
+    """What was made of an equalised batch, [rows, width, ...], in the rows and columns [B, T] that were given.
+
+    Args:
+        mask: [B, T] as it was given; None if all tokens are real.
+        shape: [B, T].
+    """
+    mine = values[: shape[0], : shape[1]]
+    if mask is None:
+        return mine
+    back = mask.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return mine.gather(1, back[..., None].expand_as(mine))
 
 
 def _grow(tensor: Tensor, width: int, rows: int, fill: int) -> Tensor:

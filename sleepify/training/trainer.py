@@ -20,18 +20,18 @@ from accelerate.utils import TorchDynamoPlugin
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState
-from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from sleepify.config import SleepConfig
 from sleepify.errors import SleepifyError
 from sleepify.manifest import check
 from sleepify.modeling import SleepForCausalLM
+from sleepify.rows import NO_COLUMNS
 from sleepify.training.arguments import SleepTrainingArguments
 from sleepify.training.data import SleepCollator, TaskDataset
 from sleepify.training.norms import state_norms
 from sleepify.training.optim import build_deepspeed_optimizer, build_optimizer, idle_layers
-from sleepify.training.rounds import equalise
+from sleepify.training.rounds import equalise, restore
 from sleepify.training.runs import describe_run, read_manifest, remove_drafts, whole_or_not_at_all, write_manifest
 from sleepify.training.stopping import StopRequest
 
@@ -93,6 +93,7 @@ class SleepTrainer(Trainer):
                 ", ".join(idle),
             )
         self._draft_directory: Path | None = None
+        self._loss_only = False
         super().__init__(model, args, **kwargs)
         self._check_sharding()
         self.nonfinite_steps = 0
@@ -162,17 +163,31 @@ class SleepTrainer(Trainer):
             inputs["n_loops"] = loops_of_step(self.args.loops_schedule, self.args.seed, self.state.global_step)
         if model.training:
             self._loops_since_log.append(inputs.get("n_loops") or self._run["n_loops"] or 1)
-        sharded = (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self.args.world_size > 1
+        # A loss of another's making is made of all logits, as are metrics.
+        every = self.compute_loss_func is not None or (return_outputs and not self._loss_only)
+        if self._sleeps and "labels" in inputs and not (every or model.training):
+            inputs["logits_to_keep"] = NO_COLUMNS
+        given, sharded = inputs, (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self.args.world_size > 1
         if self._sleeps and sharded and "labels" in inputs:
             config = self._config
-            inputs = equalise(inputs, config.window_size, config.backprop_windows is not None)
+            inputs = equalise(inputs, config.window_size, config.backprop_windows is not None, every)
         if model.training and self._sleeps and self._logs_after_this_step():
             with state_norms(_sleeping(model)) as self._state_norms:
-                loss: Any = super().compute_loss(model, inputs, False, num_items_in_batch)
+                loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         else:
-            loss = super().compute_loss(model, inputs, False, num_items_in_batch)
-        # Rows that were added are nobody's predictions.
-        return (loss, CausalLMOutputWithPast(loss=loss)) if return_outputs else loss
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if inputs is not given and outputs.logits is not None:
+            # Rows that were added are nobody's predictions.
+            outputs.logits = restore(outputs.logits, given.get("attention_mask"), given["input_ids"].shape)
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model: nn.Module, inputs: Any, prediction_loss_only: bool, *args: Any, **kw: Any) -> Any:
+        """The Trainer's; logits are made only where somebody will look at them."""
+        self._loss_only = prediction_loss_only
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kw)
+        finally:
+            self._loss_only = False
 
     def _logs_after_this_step(self) -> bool:
         return (self.state.global_step + 1) % max(1, int(self.state.logging_steps)) == 0

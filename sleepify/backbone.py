@@ -1,0 +1,71 @@
+"""``model.base_model``: the sleeping model without its head, for trainers that apply the head themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, ClassVar
+
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from sleepify.keywords import refuse
+from sleepify.packing import Marks
+from sleepify.reading import Reading
+
+
+class Backbone(nn.Module):
+    """Ids in, hidden states out: what the head of a sleeping model makes its logits of.
+
+    A view, made anew whenever it is asked for: it has the model's own parts, and is itself no part of the model, so
+    that names in checkpoints do not change.
+
+    Args:
+        parts: the model's modules by name.
+        config: the model's.
+        read: reads a batch awake and asleep, as the model does.
+    """
+
+    # transformers asks a base model for them; layers are not to be spread over devices one by one.
+    _tp_plan: ClassVar[dict[str, Any]] = {}
+    _pp_plan: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, parts: dict[str, nn.Module], config: Any, read: Callable[..., Reading]) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+            self.training = part.training
+        self.config, self._read = config, read
+
+    def forward(
+        self,
+        *args: Any,
+        inputs_embeds: None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Read tokens as ``SleepForCausalLM.forward`` does.
+
+        Args:
+            args, kwargs: those of ``SleepForCausalLM.forward``, without labels; ``logits_to_keep`` says of which
+                columns hidden states are wanted (all by default).
+            inputs_embeds, output_attentions, output_hidden_states: must be off.
+
+        Returns:
+            ``last_hidden_state`` [B, columns, D], awake and with the final norm applied (0 at padding), and
+            ``past_key_values``, the session, if it is kept.
+
+        Raises:
+            TypeError: for a keyword that the model does not take.
+            ValueError: as ``SleepForCausalLM.forward``.
+        """
+        refuse(
+            inputs_embeds=inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
+        marks = Marks(**{field.name: kwargs.pop(field.name, None) for field in fields(Marks)})
+        reading = self._read(*args, **kwargs, marks=marks)
+        hidden = reading.last_hidden_state()
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=reading.keep())

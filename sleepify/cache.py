@@ -189,7 +189,8 @@ class SleepCache(Cache):
         """Keep the first ``max_length`` columns, or all but the last ``-max_length``; see `rewind`."""
         if not is_whole(max_length):
             raise ValueError(f"expected max_length to be a whole number, got {max_length!r}")
-        self.rewind(-max_length if max_length < 0 else max(0, self.get_seq_length() - max_length))
+        columns = self.get_seq_length() + max(map(len, self.pending), default=0)
+        self.rewind(-max_length if max_length < 0 else max(0, columns - max_length))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows in another order (beam search)."""

@@ -41,6 +41,7 @@ EDGES: dict[str, set[str]] = {
     "sleep": {"memory", "errors", "schedule", "settings", "snapshot"},
     "generation": {"cache"},
     "loss": {"rows"},
+    "on_demand": {"cache", "rows", "schedule", "settings", "sleep", "snapshot"},
     "hosts": {"errors", "memory"},
     "rows": set(),
     "fast_weights": {"ops", "config"},
@@ -51,7 +52,7 @@ EDGES: dict[str, set[str]] = {
     "manifest": {"config", "errors", "files"},
     "modeling": {
         *("cache", "checkpoints", "config", "defaults", "fast_weights", "generation", "hosts", "loss", "memory"),
-        *("precision", "rows", "schedule", "settings", "sleep", "snapshot"),
+        *("on_demand", "precision", "rows", "schedule", "settings", "sleep", "snapshot"),
     },
     "checkpoints": {"card", "config", "errors", "files", "fingerprint", "manifest"},
     "retrofit": {"config", "defaults", "fingerprint", "hosts", "modeling", "settings"},
@@ -60,7 +61,8 @@ EDGES: dict[str, set[str]] = {
         *("schedule", "settings", "tasks"),
     },
     "__init__": {"cache", "config", "errors", "modeling", "models", "retrofit", "version"},
-    "__main__": {"hosts", "ops", "version"},
+    "cli": {"config", "files", "hosts", "ops", "training", "version"},
+    "__main__": {"cli"},
 }
 
 # Modules that are loaded where a package beyond the base dependencies is at hand, and the package.

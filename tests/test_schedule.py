@@ -94,6 +94,15 @@ def test_gradient_flows_through_the_last_sleeps_of_every_row(batch, kept):
         assert gradient == [len(gradient) - n <= kept for n in range(len(gradient))], row
 
 
+@settings(max_examples=200, deadline=None)
+@given(batches(), st.booleans())
+def test_all_tokens_wanted_is_every_token_wanted(batch, keep):
+    window, opened, lengths, wanted = batch
+    one, other = (schedule(opened, lengths, w, window, keep=keep) for w in (None, np.ones_like(wanted)))
+    assert one.rows.tolist() == other.rows.tolist() and one.columns.tolist() == other.columns.tolist()
+    assert str(one.rounds) == str(other.rounds)
+
+
 def test_passes_run_what_is_read_and_nothing_else():
     whole = passes(3, (1, 3), last_writer=4)
     assert (whole.prelude, whole.coda) == ((0, 1), (3, 4))

@@ -407,3 +407,25 @@ def test_what_is_no_row_or_number_is_refused(model, call):
         with pytest.raises((ValueError, TypeError), match="expected"):
             call(cache)
         assert same(cache, before)
+
+
+def test_only_the_rows_that_sleep_read_what_waits_for_them(model):
+    out = model.generate(tokens(3, 7), max_new_tokens=3, eos_token_id=None, **GREEDY)
+    cache, alone = out.past_key_values, out.past_key_values.split()
+    model.sleep(cache, rows=[2, 0])
+    assert [len(ids) for ids in cache.pending] == [0, 1, 0] and cache.seen == [10, 9, 10]
+    for row in (2, 0):
+        model.sleep(alone[row])
+    after = model(tokens(3, 4, seed=1), past_key_values=cache).logits
+    for row, part in enumerate(alone):
+        expected = model(tokens(3, 4, seed=1)[row : row + 1], past_key_values=part).logits
+        assert_close(after[row], expected[0], EXACT, f"row {row}")
+
+
+def test_cropping_counts_what_waits(model):
+    cache = model.generate(tokens(1, 6), max_new_tokens=3, eos_token_id=None, **GREEDY).past_key_values
+    twin = cache.clone()
+    cache.crop(9)
+    assert cache.pending == twin.pending
+    cache.crop(8)
+    assert cache.pending == [[]] and cache.seen == [8]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sleepify.ops import chunking, kernels
+from sleepify.ops import chunking, kernels, trials
 from sleepify.ops.recurrence import chunk_by_chunk, token_by_token
 
 
@@ -46,3 +46,6 @@ def gated_hebbian_chunked(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``gated_hebbian_rule`` in matrix products over chunks of ``chunk_size`` tokens or less. Same arguments."""
     return chunk_by_chunk(_value, _solve, q, k, v, g, beta, state, scale, qk_l2norm, chunk_size)
+
+
+trials.EXACT[False] = gated_hebbian_chunked

@@ -59,6 +59,8 @@ EDGES: dict[str, set[str]] = {
         *("config", "defaults", "errors", "fast_weights", "files", "manifest", "memory", "modeling", "retrofit"),
         *("schedule", "settings", "tasks"),
     },
+    "serving": {"cache", "errors", "files", "generation", "memory", "modeling"},
+    "cli": {"modeling", "serving"},
     "__init__": {"cache", "config", "errors", "modeling", "models", "retrofit", "version"},
     "__main__": {"hosts", "ops", "version"},
 }
@@ -67,7 +69,7 @@ EDGES: dict[str, set[str]] = {
 OPTIONAL = {
     f"sleepify.ops.{name}": "triton"
     for name in ("triton_chunks", "triton_chunks_backward", "triton_conv", "triton_rules")
-}
+} | {"sleepify.serving.api": "fastapi"}
 
 # Words that stand for code from strangers; written apart, so that this file may be searched too.
 FORBIDDEN = {

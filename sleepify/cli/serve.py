@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 import logging
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -84,11 +84,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(kind: type) -> type:
+def _positive(kind: type) -> Callable[[str], float]:
     def positive(text: str) -> float:
-        value = kind(text)
+        value: float = kind(text)
         if not 0 < value < float("inf"):
             raise ValueError(text)
-        return value  # type: ignore[no-any-return]
+        return value
 
-    return positive  # type: ignore[return-value]
+    return positive

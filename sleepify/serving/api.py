@@ -164,7 +164,7 @@ class _Server:
             raise Refusal(400, "expected X-Session-Id or previous_response_id, got both", "previous_response_id")
         turn = await self._engine.turn(asked, key, session_id, "resp")
         assert turn.answer is not None
-        repeated = {
+        repeated: dict[str, Any] = {
             "previous_response_id": asked.before,
             "instructions": asked.instructions,
             "temperature": asked.sampling.temperature,
@@ -281,11 +281,10 @@ class _Stream(Response):
     media_type = "text/event-stream"
 
     def __init__(self, turn: Turn, reply: Reply, headers: dict[str, str]) -> None:
-        self.status_code, self.background, self.body = 200, None, b""
-        self._turn, self._reply = turn, reply
-        self.init_headers(headers | {"cache-control": "no-cache"})
+        super().__init__(headers=headers | {"cache-control": "no-cache"})
         # There is no length to tell beforehand.
-        self.raw_headers = [each for each in self.raw_headers if each[0] != b"content-length"]
+        del self.headers["content-length"]
+        self._turn, self._reply = turn, reply
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
@@ -294,7 +293,7 @@ class _Stream(Response):
             self._turn.close()
 
     async def _send(self, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await send({"type": "http.response.start", "status": 200, "headers": self.headers.raw})
         async for event in self._events():
             await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

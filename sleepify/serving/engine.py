@@ -365,7 +365,7 @@ def _owner_of(model: SleepForCausalLM) -> str:
     """What the model's sessions say of it; also the first sign of a model that does not run."""
     cache = SleepCache()
     with torch.no_grad():
-        ids = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+        ids = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
         model.eval()(ids, past_key_values=cache)
     assert cache.owner is not None
     return cache.owner

@@ -84,7 +84,7 @@ class Scheduler:
     def __init__(self, model: SleepForCausalLM, stop_ids: set[int], metrics: Metrics, rows: int = ROWS) -> None:
         self.model = model.eval()
         self.stop_ids, self.metrics, self.rows = stop_ids, metrics, rows
-        self._device = model.get_input_embeddings().weight.device
+        self._device: torch.device = next(model.parameters()).device
         self._window = model.options().window_size
         self._arrived: deque[Job] = deque()
         self._waiting: deque[Job] = deque()

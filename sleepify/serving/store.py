@@ -1,7 +1,7 @@
 """Sessions that wait: in memory under a limit of bytes, on disk if there is a folder, found by id or by what they read.
 
-A session belongs to the API key that it was made with, of which only a hash is kept. With a folder every turn is on disk
-when it is answered, so memory is a copy that may go at any time, with the process or under the limit.
+A session belongs to the API key that it was made with, of which only a hash is kept. With a folder every turn is on
+disk when it is answered, so memory is a copy that may go at any time, with the process or under the limit.
 
     ID.json               whose it is, the conversation, and where the open window begins
     ID.TURN.safetensors   the sleeping memory, with its digest

@@ -25,7 +25,7 @@ LIMIT = 10
 CONVERSATIONS = 200
 KEYS = [f"key-{number}" for number in range(20)]
 GROWTH = 48 << 20
-"""Bytes that the process may have more after the second and third wave: what allocators keep, and records of sessions."""
+"""Bytes that the process may grow by between waves: what allocators keep, and records of sessions."""
 
 
 @pytest.fixture(scope="module")

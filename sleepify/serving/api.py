@@ -128,15 +128,12 @@ class _Server:
         return hashed
 
     async def _body(self, request: Request) -> dict[str, Any]:
-        limit, parts, size = self._engine.limits.body, [], 0
-        async for part in request.stream():
-            size += len(part)
-            if size <= limit:
-                parts.append(part)
-            else:
-                parts.clear()
-            if size > max(limit, _DRAINED):
-                break
+        limits = self._engine.limits
+        limit = limits.body
+        try:
+            size, parts = await asyncio.wait_for(_received(request.receive, limit), limits.seconds)
+        except asyncio.TimeoutError:
+            raise Refusal(408, f"expected a whole body within {limits.seconds:g} s, got a part of one") from None
         if size > limit:
             raise Refusal(413, f"expected a body of at most {limit} bytes, got more", code="request_too_large")
         kind = request.headers.get("content-type", _JSON).partition(";")[0].strip().lower()
@@ -187,7 +184,7 @@ class _Server:
         finally:
             turn.close()
         if outcome is None:
-            return _refused(Refusal(499, "the client has gone"))
+            raise _gone()
         return JSONResponse(reply.whole(outcome), headers=headers)
 
     # --- sessions --------------------------------------------------------------------------------------------------
@@ -314,6 +311,31 @@ class _Stream(Response):
             log.exception("a stream failed")
             for event in self._reply.failing(Refusal(500, "the server failed; its log says why")):
                 yield event
+
+
+async def _received(receive: Callable[[], Awaitable[Any]], limit: int) -> tuple[int, list[bytes]]:
+    """How long a body is, and its parts if that is within the limit.
+
+    Raises:
+        Refusal: if the client goes away.
+    """
+    parts: list[bytes] = []
+    size, more = 0, True
+    while more and size <= max(limit, _DRAINED):
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise _gone()
+        more, part = message.get("more_body", False), message.get("body", b"")
+        size += len(part)
+        if size <= limit:
+            parts.append(part)
+        else:
+            parts.clear()
+    return size, parts
+
+
+def _gone() -> Refusal:
+    return Refusal(499, "expected a client that waits for its answer, it has gone")
 
 
 async def _whole(turn: Turn) -> Outcome:

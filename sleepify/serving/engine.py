@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import hashlib
-import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -92,9 +92,10 @@ class Engine:
         if len(tokenizer) > vocabulary:
             raise ValueError(f"expected a tokenizer of at most {vocabulary} tokens, as the model, got {len(tokenizer)}")
         self.limits, self.metrics = limits, Metrics()
+        # A tokenizer is not to be called by two threads at once, and no long text may keep tokens waiting:
+        # the model's thread has one, and the thread that writes templates another.
         self._tokenizer, self._idle_sleep = tokenizer, idle_sleep
-        # transformers' tokenizers are not to be called by two threads at once.
-        self._lock = threading.Lock()
+        self._template_tokenizer = copy.deepcopy(tokenizer)
         self._renderer = ThreadPoolExecutor(1, thread_name_prefix="sleepify-template")
         self.store = Store(_owner_of(model), folder, limits.bytes, limits.sessions)
         self.scheduler = Scheduler(model, _stop_ids(model, tokenizer), self.metrics)
@@ -115,9 +116,8 @@ class Engine:
         await self.store.close()
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text without special tokens."""
-        with self._lock:
-            return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+        """Text without special tokens; in the model's thread."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     # --- a turn ----------------------------------------------------------------------------------------------------
 
@@ -193,10 +193,9 @@ class Engine:
 
     async def _template(self, messages: list[Message], opens_answer: bool) -> list[int]:
         def render() -> list[int]:
-            with self._lock:
-                ids = self._tokenizer.apply_chat_template(
-                    messages, add_generation_prompt=opens_answer, return_dict=False
-                )
+            ids = self._template_tokenizer.apply_chat_template(
+                messages, add_generation_prompt=opens_answer, return_dict=False
+            )
             return [int(each) for each in ids]
 
         return await asyncio.get_running_loop().run_in_executor(self._renderer, render)

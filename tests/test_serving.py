@@ -234,6 +234,7 @@ def test_who_goes_away_ends_the_answer_and_moves_nothing(server):
     address, engine = server
     _, session = say(address, [user("stay")])
     before = engine.store.get(session, key_hash("alice")).turn
+    spoken = engine.metrics._tokens_spoken
     headers = {"Authorization": "Bearer alice", "X-Session-Id": session}
     for stream in (True, False):
         with httpx.Client() as http:
@@ -252,6 +253,7 @@ def test_who_goes_away_ends_the_answer_and_moves_nothing(server):
     while engine.scheduler.unfinished and time.monotonic() < deadline:
         time.sleep(0.01)
     assert engine.scheduler.unfinished == 0
+    assert engine.metrics._tokens_spoken - spoken < 64
     assert engine.store.get(session, key_hash("alice")).turn == before
     assert say(address, [user("go on")], session=session)[0]
 

@@ -77,8 +77,9 @@ EDGES: dict[str, set[str]] = {
         *("config", "defaults", "errors", "fast_weights", "files", "manifest", "memory", "modeling", "packing"),
         *("retrofit", "rows", "schedule", "settings", "tasks"),
     },
+    "serving": {"cache", "errors", "files", "generation", "memory", "modeling"},
     "__init__": {"cache", "config", "errors", "modeling", "models", "retrofit", "version"},
-    "cli": {"config", "files", "hosts", "ops", "training", "version"},
+    "cli": {"config", "files", "hosts", "modeling", "ops", "serving", "training", "version"},
     "__main__": {"cli"},
 }
 
@@ -86,7 +87,7 @@ EDGES: dict[str, set[str]] = {
 OPTIONAL = {
     f"sleepify.ops.{name}": "triton"
     for name in ("triton_chunks", "triton_chunks_backward", "triton_conv", "triton_rules")
-}
+} | {"sleepify.serving.api": "fastapi"}
 
 # Words that stand for code from strangers; written apart, so that this file may be searched too.
 FORBIDDEN = {

@@ -1,0 +1,69 @@
+"""Which token comes next: every row of a batch by its own parameters and its own random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one answer is made.
+
+    Attributes:
+        temperature: 0 for the likeliest token every time.
+        top_p: drawn from the likeliest tokens that together have at least this probability.
+        seed: of the random numbers; None for others every time.
+        stop: texts at which the answer ends; they are not part of it.
+        max_tokens: at most so many.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    max_tokens: int = 16
+
+    def generator(self) -> torch.Generator | None:
+        """The random numbers of one answer, which no other answer in the batch moves; None if it needs none."""
+        if not self.temperature:
+            return None
+        generator = torch.Generator()
+        if self.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(self.seed)
+        return generator
+
+
+def choose(
+    scores: Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator | None]
+) -> list[int | None]:
+    """The next token of every row of the scores [B, V]; None for a row whose scores are not finite."""
+    best = scores.argmax(-1).tolist()
+    # One NaN, or infinity of either sign where all are -inf, shows in the largest.
+    sound = torch.isfinite(scores.amax(-1)).tolist()
+    chosen: list[int | None] = []
+    for row, (sampling, generator) in enumerate(zip(samplings, generators, strict=True)):
+        if not sound[row]:
+            chosen.append(None)
+        elif generator is None:
+            chosen.append(best[row])
+        else:
+            chosen.append(_draw(scores[row].double().cpu(), sampling, generator))
+    return chosen
+
+
+def _draw(scores: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """One token for the scores [V]."""
+    # The largest is 0 beforehand, so that a tiny temperature gives no infinity.
+    odds = ((scores - scores.max()) / sampling.temperature).softmax(-1)
+    if sampling.top_p < 1:
+        ordered, places = odds.sort(descending=True, stable=True)
+        # Kept is a token if those before it have less than top_p; the first one always.
+        ordered = ordered.masked_fill((ordered.cumsum(-1) - ordered) >= sampling.top_p, 0.0)
+        return int(places[torch.multinomial(ordered, 1, generator=generator)])
+    return int(torch.multinomial(odds, 1, generator=generator))

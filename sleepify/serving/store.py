@@ -1,0 +1,388 @@
+"""Sessions that wait: in memory under a limit of bytes, on disk if there is a folder, found by id or by what they read.
+
+A session belongs to the API key that it was made with, of which only a hash is kept. With a folder every turn is on
+disk when it is answered, so memory is a copy that may go at any time, with the process or under the limit.
+
+    ID.json               whose it is, the conversation, and where the open window begins
+    ID.TURN.safetensors   the sleeping memory, with its digest
+
+The second is written first, and the first one names it: whenever the process dies, a whole session is found.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import re
+import secrets
+import time
+from array import array
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sleepify.cache import SleepCache
+from sleepify.errors import CheckpointError
+from sleepify.files import discard, written_beside
+from sleepify.memory import Memory
+
+log = logging.getLogger("sleepify.serve")
+
+Message = dict[str, str]
+_KEPT = (
+    *("id", "key", "owner", "named", "messages", "created", "used", "turn", "start", "start_digest", "open_ids"),
+    *("windows", "bytes"),
+)
+# What is written here, whole or as a draft; other files in the folder are left alone.
+_OURS = re.compile(r"\.?(sess|resp)_[\w-]{32}(\.\d+)?(\.draft)?\.(json|safetensors)")
+_EMPTY = hashlib.sha256(b"").hexdigest()
+
+
+@dataclass(eq=False)
+class Session:
+    """One conversation and the memory that it left.
+
+    Attributes:
+        id: which nobody can guess: 192 random bits after "sess_" or "resp_".
+        key: hash of the API key that it belongs to.
+        owner: the model that it belongs to, as `SleepCache.owner` names it.
+        named: whether its user has called it by its id; others may give way to new ones.
+        messages: the conversation; the template renders it anew in every turn.
+        turn: how many turns it has had.
+        start: tokens read before its open window.
+        start_digest: of these tokens.
+        open_ids: tokens of the open window.
+        windows: windows slept on.
+        cache: its memory; None while it is only on disk.
+        bytes: of the memory, in memory or not.
+        busy: held during a turn.
+        erased: so that a turn that is under way leaves nothing behind.
+        digest: that of the tokens before the open window, to go on with; None since it was found on disk.
+    """
+
+    id: str
+    key: str
+    owner: str
+    named: bool = False
+    messages: list[Message] = field(default_factory=list)
+    created: float = field(default_factory=time.time)
+    used: float = field(default_factory=time.time)
+    turn: int = 0
+    start: int = 0
+    start_digest: str = _EMPTY
+    open_ids: list[int] = field(default_factory=list)
+    windows: int = 0
+    cache: SleepCache | None = None
+    bytes: int = 0
+    busy: asyncio.Lock = field(default_factory=asyncio.Lock)
+    erased: bool = False
+    digest: hashlib._Hash | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read."""
+        return self.start + len(self.open_ids)
+
+    @property
+    def is_response(self) -> bool:
+        """Whether it is the end of a response, which never moves."""
+        return self.id.startswith("resp_")
+
+    def file(self, folder: Path) -> Path:
+        """Where its memory is after its latest turn."""
+        return folder / f"{self.id}.{self.turn}.safetensors"
+
+
+class TooManySessionsError(ValueError):
+    """A key has as many sessions as it may, all of them called by name."""
+
+
+class Store:
+    """All sessions. Its methods are called in one thread, that of the event loop; files are written in another.
+
+    Args:
+        owner: the model that they belong to; those of others are left on disk as they are.
+        folder: where they are kept; None to keep them in memory only.
+        limit: bytes in memory; beyond it the longest idle ones leave it, to be forgotten if there is no folder.
+        per_key: sessions of one key; beyond it the longest idle one that was never called by name is forgotten.
+    """
+
+    def __init__(self, owner: str, folder: Path | None, limit: int, per_key: int) -> None:
+        self.owner, self.folder, self.limit, self.per_key = owner, folder, limit, per_key
+        self.bytes = 0
+        self._sessions: dict[str, Session] = {}
+        self._by_start: dict[tuple[str, int, str], set[str]] = {}
+        self._starts: dict[str, dict[int, int]] = {}
+        self._files = ThreadPoolExecutor(1, thread_name_prefix="sleepify-files")
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._find(folder)
+
+    # --- finding ---------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def of(self, key: str) -> list[Session]:
+        """The sessions of a key, without responses, in the order in which they were made."""
+        mine = [each for each in self._sessions.values() if each.key == key and not each.is_response]
+        return sorted(mine, key=lambda each: each.created)
+
+    def get(self, session_id: str, key: str) -> Session | None:
+        """The session of that id if it belongs to the key."""
+        found = self._sessions.get(session_id)
+        return found if found is not None and secrets.compare_digest(found.key, key) else None
+
+    def longest_prefix(self, key: str, ids: Sequence[int]) -> tuple[Session | None, int]:
+        """The session of a key that has read the longest prefix of these ids, and how many of them it has.
+
+        A session can go back as far as the start of its open window; what it has slept on must be there as a whole.
+        """
+        best, longest = None, 0
+        starts = sorted(count for count in self._starts.get(key, {}) if count < len(ids))
+        for count, digest in zip(starts, digests(ids, starts), strict=True):
+            for session_id in self._by_start.get((key, count, digest), ()):
+                session = self._sessions[session_id]
+                common = count + _common(session.open_ids, ids[count : count + len(session.open_ids)])
+                if common > longest or (best is not None and common == longest and session.used > best.used):
+                    best, longest = session, common
+        return best, longest
+
+    def idle(self, since: float) -> list[Session]:
+        """Sessions with an open window that were not used since then and can sleep."""
+        return [
+            each
+            for each in self._sessions.values()
+            if not each.is_response
+            and each.used <= since
+            and each.open_ids
+            and each.digest is not None
+            and not each.busy.locked()
+        ]
+
+    # --- a session's life ------------------------------------------------------------------------------------------
+
+    def new(self, key: str, kind: str = "sess", named: bool = False) -> Session:
+        """A session that has read nothing; it counts from its first `keep` on."""
+        return Session(f"{kind}_{secrets.token_urlsafe(24)}", key, self.owner, named)
+
+    async def cache_of(self, session: Session) -> SleepCache | None:
+        """Its memory, from disk if it must; None if the file is lost or damaged, so that the text is read anew."""
+        if session.cache is not None or self.folder is None:
+            return session.cache
+        turn, path = session.turn, session.file(self.folder)
+        try:
+            cache = await self._on_disk(SleepCache.load, path)
+        except (CheckpointError, OSError) as error:
+            log.warning("a session's memory cannot be read and its text will be read anew: %s", error)
+            return None
+        if not session.erased and session.cache is None and session.turn == turn:
+            self._hold(session, cache)
+            await self._make_room(but=session)
+        return cache
+
+    async def keep(self, session: Session, cache: SleepCache, messages: list[Message], read: Sequence[int]) -> bool:
+        """A turn has ended: its memory, the conversation with it, and all ids that were read. False if it was erased.
+
+        Raises:
+            TooManySessionsError: for a new session, if the key has too many.
+        """
+        if session.erased:
+            return False
+        if session.id not in self._sessions:
+            await self._make_place(session.key)
+        session.messages, session.used = messages, time.time()
+        await self._move(session, cache, _extended(hashlib.sha256(), read[: _start(cache)]))
+        return not session.erased
+
+    async def keep_slept(self, session: Session, cache: SleepCache) -> None:
+        """It has slept on all of its open window."""
+        if not session.erased and session.digest is not None:
+            await self._move(session, cache, _extended(session.digest.copy(), session.open_ids))
+
+    async def _move(self, session: Session, cache: SleepCache, digest: hashlib._Hash) -> None:
+        assert cache.open_ids is not None
+        self._forget_start(session)
+        before = session.file(self.folder) if self.folder is not None and session.turn else None
+        session.turn += 1
+        session.start, session.digest, session.start_digest = _start(cache), digest, digest.hexdigest()
+        session.open_ids = cache.open_ids[0, : cache.open_lengths[0]].tolist()
+        session.windows = cache.windows[0]
+        self._sessions[session.id] = session
+        self._note_start(session)
+        self._hold(session, cache)
+        if self.folder is not None:
+            await self._on_disk(_write, self.folder, session.file(self.folder), _record(session), cache, before)
+        await self._make_room(but=session)
+
+    async def fork(self, session: Session) -> Session:
+        """Another session that has read the same."""
+        cache = await self.cache_of(session)
+        other = self.new(session.key, named=True)
+        await self._make_place(session.key)
+        for name in ("start", "start_digest", "digest", "open_ids", "windows", "bytes"):
+            setattr(other, name, getattr(session, name))
+        other.messages, other.turn = list(session.messages), 1
+        self._sessions[other.id] = other
+        self._note_start(other)
+        if cache is not None:
+            self._hold(other, cache.clone())
+        if self.folder is not None:
+            await self._on_disk(_write, self.folder, other.file(self.folder), _record(other), cache, None)
+        await self._make_room(but=other)
+        return other
+
+    async def erase(self, session: Session) -> None:
+        """Nothing of it is left, in memory or on disk; a turn that is under way leaves nothing behind."""
+        session.erased = True
+        self._forget_start(session)
+        self._release(session)
+        self._sessions.pop(session.id, None)
+        session.messages, session.open_ids = [], []
+        if self.folder is not None:
+            # In the one thread that writes, and so after what is being written.
+            await self._on_disk(_remove, self.folder, session.id)
+
+    async def close(self) -> None:
+        """Wait until everything is written."""
+        await asyncio.get_running_loop().run_in_executor(None, self._files.shutdown)
+
+    # --- memory ----------------------------------------------------------------------------------------------------
+
+    def _hold(self, session: Session, cache: SleepCache) -> None:
+        self._release(session)
+        session.cache, session.bytes = cache, _bytes(cache)
+        self.bytes += session.bytes
+
+    def _release(self, session: Session) -> None:
+        if session.cache is not None:
+            session.cache = None
+            self.bytes -= session.bytes
+
+    async def _make_room(self, but: Session) -> None:
+        """Let go of those that were idle longest, until the rest is within the limit."""
+        if self.bytes <= self.limit:
+            return
+        for session in sorted(self._sessions.values(), key=lambda each: each.used):
+            if self.bytes <= self.limit:
+                return
+            if session.cache is None or (session is but and self.folder is None):
+                continue
+            if self.folder is not None:
+                self._release(session)
+            elif not session.busy.locked():
+                await self.erase(session)
+
+    async def _make_place(self, key: str) -> None:
+        mine = [each for each in self._sessions.values() if each.key == key]
+        if len(mine) < self.per_key:
+            return
+        idle = [each for each in mine if not each.named and not each.busy.locked()]
+        if not idle:
+            raise TooManySessionsError(
+                f"expected at most {self.per_key} sessions of a key, got one more; erase some (DELETE /v1/sessions/ID)"
+            )
+        await self.erase(min(idle, key=lambda each: each.used))
+
+    # --- what was read ---------------------------------------------------------------------------------------------
+
+    def _note_start(self, session: Session) -> None:
+        self._by_start.setdefault((session.key, session.start, session.start_digest), set()).add(session.id)
+        counts = self._starts.setdefault(session.key, {})
+        counts[session.start] = counts.get(session.start, 0) + 1
+
+    def _forget_start(self, session: Session) -> None:
+        place = (session.key, session.start, session.start_digest)
+        if session.id not in self._by_start.get(place, ()):
+            return
+        self._by_start[place].discard(session.id)
+        if not self._by_start[place]:
+            del self._by_start[place]
+        counts = self._starts[session.key]
+        counts[session.start] -= 1
+        if not counts[session.start]:
+            del counts[session.start]
+        if not counts:
+            del self._starts[session.key]
+
+    # --- disk ------------------------------------------------------------------------------------------------------
+
+    async def _on_disk(self, function: Any, *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._files, function, *arguments)
+
+    def _find(self, folder: Path) -> None:
+        """The sessions of an earlier process; what one that was killed left half done is removed."""
+        known = set()
+        for path in sorted(each for each in folder.glob("*.json") if _OURS.fullmatch(each.name)):
+            try:
+                kept = json.loads(path.read_text(encoding="utf-8"))
+                session = Session(**{name: kept[name] for name in _KEPT})
+            except (ValueError, KeyError, TypeError) as error:
+                log.warning("no session in %s: %r", path, error)
+                continue
+            known |= {path.name, session.file(folder).name}
+            if session.owner != self.owner or path.name != f"{session.id}.json":
+                log.warning("%s is left alone: it belongs to another model (%s)", path, session.owner)
+                continue
+            self._sessions[session.id] = session
+            self._note_start(session)
+        for path in folder.iterdir():
+            if path.name not in known and _OURS.fullmatch(path.name):
+                discard(path)
+
+
+def _extended(digest: hashlib._Hash, ids: Sequence[int]) -> hashlib._Hash:
+    digest.update(array("Q", ids).tobytes())
+    return digest
+
+
+def _start(cache: SleepCache) -> int:
+    return cache.seen[0] - cache.open_lengths[0]
+
+
+def digests(ids: Sequence[int], counts: Iterable[int]) -> list[str]:
+    """Of the first so many ids, for every count, in rising order."""
+    digest, done, found = hashlib.sha256(), 0, []
+    for count in counts:
+        digest, done = _extended(digest, ids[done:count]), count
+        found.append(digest.copy().hexdigest())
+    return found
+
+
+def _common(some: Sequence[int], others: Sequence[int]) -> int:
+    for place, (a, b) in enumerate(zip(some, others, strict=False)):
+        if a != b:
+            return place
+    return min(len(some), len(others))
+
+
+def _bytes(cache: SleepCache) -> int:
+    assert cache.now is not None and cache.open_ids is not None
+    tensors = [*cache.memory.tensors(), *Memory(1, cache.at_start).tensors(), cache.open_ids]
+    # The state at the window's start may be the state now.
+    return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
+
+
+def _record(session: Session) -> str:
+    return json.dumps({name: getattr(session, name) for name in _KEPT})
+
+
+def _write(folder: Path, path: Path, record: str, cache: SleepCache | None, before: Path | None) -> None:
+    session_id = path.name.split(".")[0]
+    if cache is not None:
+        cache.save(path)
+    with written_beside(folder / f"{session_id}.json") as draft:
+        draft.write_text(record, encoding="utf-8")
+    if before is not None:
+        discard(before)
+
+
+def _remove(folder: Path, session_id: str) -> None:
+    # The record goes first: without it the rest is nobody's.
+    discard(folder / f"{session_id}.json")
+    for path in folder.glob(f"{session_id}.*"):
+        discard(path)

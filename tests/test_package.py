@@ -40,6 +40,8 @@ EDGES: dict[str, set[str]] = {
     "cache": {"memory", "errors", "session_file", "snapshot"},
     "sleep": {"memory", "errors", "schedule", "settings", "snapshot"},
     "generation": {"cache"},
+    "conversation": {"snapshot"},
+    "session": {"cache", "conversation", "errors", "generation", "modeling", "session_file", "snapshot"},
     "loss": {"rows"},
     "hosts": {"errors", "memory"},
     "rows": set(),
@@ -59,7 +61,7 @@ EDGES: dict[str, set[str]] = {
         *("config", "defaults", "errors", "fast_weights", "files", "manifest", "memory", "modeling", "retrofit"),
         *("schedule", "settings", "tasks"),
     },
-    "__init__": {"cache", "config", "errors", "modeling", "models", "retrofit", "version"},
+    "__init__": {"cache", "config", "errors", "modeling", "models", "retrofit", "session", "version"},
     "__main__": {"hosts", "ops", "version"},
 }
 

@@ -61,6 +61,7 @@ EDGES: dict[str, set[str]] = {
         *("config", "defaults", "errors", "fast_weights", "files", "manifest", "memory", "modeling", "retrofit"),
         *("schedule", "settings", "tasks"),
     },
+    "cli": {"modeling", "retrofit", "session"},
     "__init__": {"cache", "config", "errors", "modeling", "models", "retrofit", "session", "version"},
     "__main__": {"hosts", "ops", "version"},
 }

@@ -30,10 +30,12 @@ _HOW = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False}
 
 
 def words(vocabulary: int) -> PreTrainedTokenizerFast:
-    """Every id is a word, its number."""
-    plain = Tokenizer(WordLevel({str(place): place for place in range(vocabulary)}, unk_token="0"))
+    """Every id but that of padding is a word, its number."""
+    plain = Tokenizer(
+        WordLevel({"<pad>": 0} | {str(place): place for place in range(1, vocabulary)}, unk_token="<pad>")
+    )
     plain.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="0")
+    return PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>")
 
 
 def text(tokens: int, seed: int) -> str:
@@ -50,7 +52,12 @@ def measure(model: SleepForCausalLM, n_windows: int, repeats: int) -> list[Part]
     questions = [text(TOKENS, 2 + place) for place in range(QUESTIONS - 1)]
     ids = tokenizer(book, return_tensors="pt")["input_ids"]
     whole = torch.cat([ids, tokenizer(questions[0], return_tensors="pt")["input_ids"]], dim=1)
-    session = Session(model, tokenizer).read(book).sleep()
+    assert ids.shape[1] == n_windows * window
+
+    def read() -> Session:
+        return Session(model, tokenizer).read(book, progress=lambda done, of: None).sleep()
+
+    session = read()
     kept: Any = DynamicCache(config=base.config)
     base(ids, past_key_values=kept, logits_to_keep=1)
 
@@ -59,7 +66,7 @@ def measure(model: SleepForCausalLM, n_windows: int, repeats: int) -> list[Part]
         kept.crop(ids.shape[1] - kept.get_seq_length())
 
     actions: dict[str, Callable[[], object]] = {
-        "read": lambda: Session(model, tokenizer).read(book).sleep(),
+        "read": read,
         "base reads": lambda: base(ids, past_key_values=DynamicCache(config=base.config), logits_to_keep=1),
         "ask": lambda: session.ask(questions[0], **_HOW),
         "batch": lambda: session.ask(questions, **_HOW),

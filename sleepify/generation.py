@@ -15,7 +15,15 @@ from sleepify.cache import SleepCache
 # Tokens of an answer where neither the caller nor the model's generation config says how many, and what transformers
 # takes there.
 ANSWER, _UNSAID = 256, 20
-_OURS = ("inputs", "input_ids", "attention_mask", "past_key_values", "new_tokens", "return_dict_in_generate")
+_OURS = (
+    "inputs",
+    "input_ids",
+    "attention_mask",
+    "past_key_values",
+    "new_tokens",
+    "tokenizer",
+    "return_dict_in_generate",
+)
 
 
 class Ended(StoppingCriteriaList):
@@ -132,6 +140,8 @@ class SleepGeneration(GenerationMixin):
     ) -> Any:
         """transformers' loop; rows that have ended are not read on with what fills their places."""
         ended = Ended(stopping_criteria)
+        # Stop strings have been made of it; the loop would hand it on to `forward`.
+        kwargs.pop("tokenizer", None)
         loop: Any = super()._sample  # type: ignore[misc]
         output = loop(input_ids, logits_processor, ended, *args, ended=ended, **kwargs)
         cache = kwargs.get("past_key_values")

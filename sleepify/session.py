@@ -378,8 +378,8 @@ class Session:
             self.cache.batch_repeat_interleave(len(prompts))
         before = _tokens(self.cache) if new_tokens else [0]
         ids, mask = left_padded([torch.tensor(prompt, device=self.model.device) for prompt in prompts])
-        keywords = {"attention_mask": mask, "past_key_values": self.cache, "return_dict_in_generate": False}
-        made: Any = self.model.generate(ids, new_tokens=new_tokens, **keywords, **arguments)
+        ours = {"attention_mask": mask, "past_key_values": self.cache, "return_dict_in_generate": False}
+        made: Any = self.model.generate(ids, new_tokens=new_tokens, tokenizer=self.tokenizer, **ours, **arguments)
         rows = made[:, ids.shape[1] :].tolist()
         counts = zip(_tokens(self.cache), before * (len(rows) // len(before)), prompts, strict=True)
         return [row[: now - then - len(prompt)] for row, (now, then, prompt) in zip(rows, counts, strict=True)]

@@ -169,6 +169,12 @@ def test_answers_are_streamed(session, words, capsys):
     assert capsys.readouterr().out == answer + "\n"
 
 
+def test_an_answer_stops_at_a_string(session):
+    session.read(STORY)
+    answer = session.ask("who?", max_new_tokens=20)
+    assert session.ask("who?", max_new_tokens=20, stop_strings=[answer[3:5]]).endswith(answer[3:5])
+
+
 def test_an_answer_has_a_limit_unless_somebody_says_which(session, model):
     session.read(STORY)
     lengths = []

@@ -64,7 +64,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="most tokens of an answer (512)")
     parser.add_argument("--temperature", type=float, metavar="T", help="sample at T; 0 for greedy answers")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="auto", help="auto (as saved), float32, bfloat16 or float16")
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", default="auto", choices=dtypes, help="auto: as it was saved")
     return parser.parse_args(argv)
 
 
@@ -102,7 +103,7 @@ class Chat:
         self.left: list[Session] = []
         self.commands: dict[str, Callable[[str], object]] = {
             "/read": self._read,
-            "/sleep": lambda words: self.session.sleep(int(words) if words else None),
+            "/sleep": self._sleep,
             "/ask": lambda words: self._answer(self.session.ask, words),
             "/fork": lambda words: self._fork(),
             "/back": lambda words: self._back(),
@@ -142,8 +143,8 @@ class Chat:
                 raise ValueError(f"expected one of {', '.join([*self.commands, '/quit'])}, got {word}")
         except KeyboardInterrupt:
             self.console.print("\n[yellow]stopped; it did not happen[/yellow]")
-        except (ValueError, TypeError, OSError, UnicodeError) as error:
-            self.console.print(f"\n{error}" if self.console.is_terminal else str(error), style="red", markup=False)
+        except Exception as error:  # a template, a file or a full memory: nothing of it may cost the session
+            self.console.print(f"\n{error}", style="red", markup=False)
         self._status()
 
     # --- commands --------------------------------------------------------------------------------------------------
@@ -160,6 +161,11 @@ class Chat:
         with Progress(*columns, console=self.console, transient=True) as bar:
             task = bar.add_task("reading", total=None)
             self.session.read(text, progress=lambda read, whole: bar.update(task, completed=read, total=whole))
+
+    def _sleep(self, words: str) -> None:
+        if words and not words.isdecimal():
+            raise ValueError(f"expected a number of passes after /sleep, or nothing, got {words}")
+        self.session.sleep(int(words) if words else None)
 
     def _fork(self) -> None:
         self.left.append(self.session)

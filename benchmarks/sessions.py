@@ -1,6 +1,6 @@
 """What a question costs over a text that was read: the first answer, the next 99, and the bytes that wait for them.
 
-    python -m benchmarks.sessions [--repeats 5] [--output docs/results/sessions.md]
+    python -m benchmarks.sessions [--repeats 3] [--output docs/results/sessions.md]
 
 A session reads the text once, sleeping, and is asked on a fork, one question after the other or all in one batch.
 Beside it the base with its whole cache, which is cut back to the text after every answer, and the base that reads the
@@ -118,8 +118,8 @@ def measure(model: SleepForCausalLM, n_windows: int, repeats: int) -> list[Part]
 
 
 def main(argv: list[str] | None = None) -> list[Part]:
-    arguments = page_arguments(argv, __doc__, "sessions", repeats=5)
-    window, n_windows = (8, 3) if arguments.tiny else (64, 64)
+    arguments = page_arguments(argv, __doc__, "sessions", repeats=3)
+    window, n_windows = (8, 3) if arguments.tiny else (16, 64)
     model = small_qwen(arguments.tiny, window, n_windows)
     parts = measure(model, n_windows, arguments.repeats)
     intro = (

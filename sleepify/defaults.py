@@ -65,14 +65,16 @@ class LiveSettings:
         Raises:
             ValueError: for a value that this base cannot have.
         """
-        values = [getattr(config, name) for name in SETTINGS]
-        raw = tuple(tuple(value) if isinstance(value, list) else value for value in values) + (recompute,)
-        if self._settings is None or raw != self._raw or list(map(type, raw)) != list(map(type, self._raw)):
-            if config.fast_weights != self.inserted:
-                raise ValueError(
-                    f"expected config.fast_weights as they were inserted, {self.inserted}, got {config.fast_weights}; "
-                    "layers cannot be changed in place: unload() and sleepify() again"
-                )
+        # Read past transformers' attribute lookup, which takes longer than a small layer: this runs for every token.
+        attributes = vars(config)
+        values = [attributes[name] for name in SETTINGS]
+        raw = (*map(_typed, values), recompute)
+        if (found := attributes["fast_weights"]) != self.inserted:
+            raise ValueError(
+                f"expected config.fast_weights as they were inserted, {self.inserted}, got {found}; "
+                "layers cannot be changed in place: unload() and sleepify() again"
+            )
+        if self._settings is None or raw != self._raw:
             whole: Any = resolve(config)
             settings = Settings(**{name: getattr(whole, name) for name in SETTINGS})
             settings.loop_range = tuple(whole.loop_range)
@@ -80,6 +82,11 @@ class LiveSettings:
                 settings.checkpoint = "none" if not recompute else settings.checkpoint.replace("none", "loop")
             self._raw, self._settings = raw, settings
         return self._settings
+
+
+def _typed(value: Any) -> Any:
+    """A value that is equal to others of its type only: True is no 1."""
+    return tuple(map(_typed, value)) if isinstance(value, (list, tuple)) else (type(value), value)
 
 
 def _fast_weights(asked: FastWeightConfig | None, base: PreTrainedConfig, kinds: list[str]) -> FastWeightConfig:

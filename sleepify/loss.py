@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +20,16 @@ def check_count(num_items: int | Tensor | None) -> None:
     """See that a loss can be divided by it, where looking costs nothing.
 
     Raises:
-        ValueError: if not.
+        TypeError: if it is no number.
+        ValueError: if it is not above 0.
     """
     if num_items is None:
         return
+    is_number = num_items.numel() == 1 if isinstance(num_items, Tensor) else isinstance(num_items, Real)
+    if not is_number:
+        raise TypeError(f"expected num_items_in_batch to be one number, got {num_items!r}")
     looked_at = not isinstance(num_items, Tensor) or num_items.device.type == "cpu"
-    if looked_at and not float(num_items) > 0:
+    if looked_at and not 0 < float(num_items) < math.inf:
         raise ValueError(f"expected num_items_in_batch above 0, got {num_items}: a batch without labels has no loss")
 
 

@@ -24,6 +24,7 @@ from sleepify.generation import SleepGeneration
 from sleepify.hosts import Host, host_class
 from sleepify.loss import check_count, summed_cross_entropy
 from sleepify.memory import Memory
+from sleepify.on_demand import SleepOnDemand
 from sleepify.precision import cast_per_use
 from sleepify.rows import Rows
 from sleepify.schedule import Schedule, Sleep, schedule
@@ -33,7 +34,9 @@ from sleepify.snapshot import Snapshot
 _INCIDENTAL = {"dtype", "torch_dtype", "architectures", "transformers_version", "_name_or_path", "use_cache"}
 
 
-class SleepForCausalLM(SleepGeneration, SleepCheckpoint, GenerationMixin):  # transformers looks for the last by name
+class SleepForCausalLM(
+    SleepGeneration, SleepOnDemand, SleepCheckpoint, GenerationMixin
+):  # transformers looks for the last by name
     """A base model that consolidates full windows of its context into fast weights.
 
     Made by `sleepify.sleepify(base)` or loaded with ``from_pretrained``. Contains the base as ``language_model`` and
@@ -103,13 +106,16 @@ class SleepForCausalLM(SleepGeneration, SleepCheckpoint, GenerationMixin):  # tr
     @property
     def blocks(self) -> Host:
         """The base and the inserted layers as the algorithm drives them; built anew when one of them is another."""
-        settings = self.options()
+        return self.host_of(self.options())
+
+    def host_of(self, settings: Settings) -> Host:
+        """`blocks` for these settings."""
         window = settings.window_size if settings.sliding else None
         made_of = (id(self.language_model), *map(id, self.fast_weights), settings.loop_range, window)
         known, host = self._host
         if host is None or known != made_of:
-            inserted = dict(zip(self._settings.inserted.layers or [], self.fast_weights, strict=True))
-            host = host_class(self.config.text_config)(self.language_model, inserted, settings.loop_range, window)
+            layers = dict(zip(self._settings.inserted.layers or [], self.fast_weights, strict=True))
+            host = host_class(self.config.text_config)(self.language_model, layers, settings.loop_range, window)
             self._host = (made_of, host)
         return host
 
@@ -256,13 +262,12 @@ class SleepForCausalLM(SleepGeneration, SleepCheckpoint, GenerationMixin):  # tr
         if past_key_values is not None and not isinstance(past_key_values, SleepCache):
             raise ValueError(f"expected past_key_values to be a SleepCache, got {type(past_key_values).__name__}")
         settings = self.options(n_loops)
-        blocks = self.blocks
+        blocks = self.host_of(settings)
         cache = past_key_values
         kept = labels is None if use_cache is None else use_cache
         session, tokens = self._take_in(input_ids, attention_mask, labels, awake, logits_to_keep, cache, settings, kept)
         if use_cache is None:
-            wanted_by_default = labels is None and not self.training and not tokens.right_padded
-            use_cache = cache is not None or wanted_by_default
+            use_cache = cache is not None or (labels is None and not self.training and not tokens.right_padded)
         if use_cache and cache is None:
             if tokens.right_padded:
                 raise ValueError(
@@ -308,7 +313,7 @@ class SleepForCausalLM(SleepGeneration, SleepCheckpoint, GenerationMixin):  # tr
         vocabulary = self.config.text_config.vocab_size
         past = None if cache is None else cache.get_seq_length()
         tokens = Rows.of(input_ids, mask, labels, awake, keep, vocabulary, past)
-        owner, batch = self._owner(), input_ids.shape[0]
+        owner, batch = self.owner_of(settings), input_ids.shape[0]
         if cache is None:
             return Snapshot.empty(owner, batch, settings.window_size, input_ids.device, kept), tokens
         session = cache.begin(owner, batch, settings.window_size, input_ids.device)
@@ -340,58 +345,6 @@ class SleepForCausalLM(SleepGeneration, SleepCheckpoint, GenerationMixin):  # tr
             loss = total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items or max(1, count))
         return loss, None if scores is None else tokens.spread(scores, plan.rows, plan.columns)
 
-    def sleep(
-        self, past_key_values: SleepCache, n_loops: int | None = None, rows: Sequence[int] | None = None
-    ) -> SleepCache:
-        """Consolidate what is awake in a session now, also a window that is only part full (contract 2).
-
-        Args:
-            past_key_values: the session; it is moved forward and returned.
-            n_loops: another N for this sleep.
-            rows: which rows sleep; all by default.
-
-        Raises:
-            TypeError: for what is no session.
-            ValueError: for a session that has read nothing, or rows that it does not have.
-        """
-        if not isinstance(past_key_values, SleepCache):
-            raise TypeError(f"expected past_key_values to be a SleepCache, got {type(past_key_values).__name__}")
-        if past_key_values.now is None:
-            raise ValueError("expected a cache that has read something, got an empty one; call the model with it first")
-        settings, blocks = self.options(n_loops), self.blocks
-        batch = past_key_values.get_batch_size()
-        session = past_key_values.begin(self._owner(), batch, settings.window_size, past_key_values.now.open_ids.device)
-        chosen = list(range(batch)) if rows is None else list(rows)
-        if len(set(chosen)) != len(chosen) or any(
-            isinstance(row, bool) or not isinstance(row, int) or not 0 <= row < batch for row in chosen
-        ):
-            raise ValueError(f"expected different rows from 0 to {batch - 1}, got {chosen}")
-        if any(len(session.pending[row]) for row in chosen if session.pending):
-            session = self._read_pending(blocks, session, settings)
-        awake: dict[int, list[int]] = {}
-        for row in chosen:
-            if length := session.open_lengths[row]:
-                awake.setdefault(0 if blocks.masks_padding else length, []).append(row)
-        for group in awake.values():
-            session = algorithm.sleep(blocks, session, Sleep(tuple(group)), settings, watch=self.watch)
-        past_key_values.now = session if self.training else session.map(Tensor.detach)
-        return past_key_values
-
-    def _read_pending(self, blocks: Host, session: Snapshot, settings: Settings) -> Snapshot:
-        """The session with nothing unread."""
-        first = session.first()
-        tokens = Rows.nothing(session.batch_size, session.open_ids.device).after(first)
-        session = session.from_start()
-        plan = schedule(
-            session.open_lengths,
-            tokens.lengths,
-            tokens.wanted,
-            settings.window_size,
-            keep=True,
-            mixes_lengths=blocks.masks_padding,
-        )
-        return algorithm.read(blocks, session, tokens.ids, plan.rounds, settings, keep=True, watch=self.watch)[0]
-
-    def _owner(self) -> str:
+    def owner_of(self, settings: Settings) -> str:
         """What a session must agree with: weights may be trained on, shapes and windows may not change."""
-        return f"{self._identity}, L={self.config.window_size}, {self.config.eviction} eviction"
+        return f"{self._identity}, L={settings.window_size}, {settings.eviction} eviction"

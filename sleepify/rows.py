@@ -148,6 +148,8 @@ class Rows:
     def spread(self, scores: Tensor, rows: np.ndarray, columns: np.ndarray) -> Tensor:
         """Logits [M, V] of aligned tokens into [B, asked columns, V] as they were given, 0 where there is none."""
         batch, width = self.ids.shape[0], self.width
+        if scores.shape[0] == batch * self.columns.size == 1:
+            return scores[None]
         asked, back = np.unique(self.columns, return_inverse=True)
         place = np.full(width, -1, dtype=np.int64)
         place[asked] = np.arange(asked.size)

@@ -143,6 +143,12 @@ def schedule(
         backprop_windows: gradient through the last k sleeps of a row only; None for all.
     """
     batch = len(lengths)
+    fits = all(0 < length <= window_size - have for have, length in zip(open_lengths, lengths, strict=True))
+    if wanted is None and fits and len(set(lengths)) == 1:
+        # A token of every row, or a prompt within the window: nobody sleeps, all are read together.
+        rows, whole = tuple(range(batch)), tuple(lengths)
+        every = np.repeat(np.arange(batch), lengths[0]), np.tile(np.arange(lengths[0]), batch)
+        return Schedule((Round((), rows, (0,) * batch, whole, (Wake(rows, whole),)),), *every)
     asked = _Asked.of(open_lengths, lengths, wanted, window_size)
     ends = list(lengths) if keep else asked.ends
     # A full window sleeps only when a token follows it, hence the -1.

@@ -259,7 +259,7 @@ class Session:
             raise CheckpointError(f"expected the tokenizer that {path} was read with, got one of another vocabulary")
         whole = SleepCache(snapshot.fixed_shapes)
         whole.now = snapshot
-        whole.begin(model._owner(), snapshot.batch_size, model.config.window_size, model.device)
+        whole.begin(model.owner_of(model.options()), snapshot.batch_size, model.config.window_size, model.device)
         now, *marks = [part.now for part in whole.to(model.device).split()]
         mark = None if notes["mark"] is None or marks[0] is None else (marks[0], notes["mark"])
         messages = tuple(notes["messages"])

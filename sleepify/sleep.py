@@ -25,6 +25,7 @@ from sleepify.snapshot import Snapshot, Window
 
 T_ = TypeVar("T_")
 Watch = Callable[[Sleep, Memory], None]
+_HOLDERS = (Tensor, Memory, Window)
 
 
 class Blocks(Protocol):
@@ -184,8 +185,8 @@ def _recompute(settings: Settings, level: str, function: Callable[..., T_], *arg
     if settings.checkpoint != level or not torch.is_grad_enabled():
         return function(*arguments)
     # Which devices' random state is to be the same the second time, checkpoint finds out from the tensors it is shown.
-    values = [each for each in arguments if isinstance(each, (Memory, Window))]
-    shown = {tensor.device: tensor for each in values for tensor in each.tensors()}
+    held = [[each] if isinstance(each, Tensor) else each.tensors() for each in arguments if isinstance(each, _HOLDERS)]
+    shown = {tensor.device: tensor for tensors in held for tensor in tensors}
     return checkpoint(lambda _: function(*arguments), list(shown.values()), use_reentrant=False)
 
 

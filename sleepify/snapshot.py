@@ -279,6 +279,13 @@ class Snapshot:
             **counts,
         )
 
+    def put(self, rows: Sequence[int], part: Snapshot) -> Snapshot:
+        """With a session of other rows in the place of these."""
+        others = [row for row in range(self.batch_size) if row not in set(rows)]
+        parts = [part, self.select(others)] if others else [part]
+        places = [*rows, *others]
+        return Snapshot.join(parts).select([places.index(row) for row in range(self.batch_size)])
+
     def map(self, function: Callable[[Tensor], Tensor], ids: bool = False) -> Snapshot:
         """With ``function`` applied to every tensor of the memory, and to the ids if it is to be."""
         at_start = Memory(self.batch_size, self.at_start).map(function)

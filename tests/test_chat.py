@@ -169,6 +169,6 @@ def test_every_command_is_listed(folder):
     session = Session(chat.load(chat._arguments([str(folder)])), talking.tokenizer())
     known = {*chat.Chat(session, None, {}).commands, "/quit"}
     assert {command.split()[0] for command in chat.COMMANDS} == known
-    page = (ROOT / "docs" / "sessions.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "talk.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"`(/\w+)[^`]*`", page.split("## In the terminal")[1]))
     assert listed | {"/help"} == known

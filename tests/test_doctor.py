@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sleepify import __main__ as command
-from sleepify import __version__
+from sleepify import __version__, cli
+from sleepify.cli import doctor as command
 from sleepify.hosts import FAMILIES
 from sleepify.ops import describe, kernels
 
@@ -23,7 +23,7 @@ def on_gpu(monkeypatch):
 
 
 def test_the_command_reports_versions_operations_and_families(capsys):
-    assert command.main(["doctor"]) == 0
+    assert cli.main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     fields = {words[0]: " ".join(words[1:]) for line in lines if (words := line.split())}
     assert fields["sleepify"] == __version__
@@ -79,5 +79,5 @@ def test_a_family_that_this_transformers_lacks_is_marked(monkeypatch):
 @pytest.mark.parametrize("arguments", [[], ["cure"]])
 def test_unknown_commands_are_refused(arguments):
     with pytest.raises(SystemExit) as refused:
-        command.main(arguments)
+        cli.main(arguments)
     assert refused.value.code == 2

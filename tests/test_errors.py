@@ -143,3 +143,31 @@ def test_a_failed_call_can_be_repeated(model):
         model(tokens(1, 3), past_key_values=cache, labels=tokens(1, 2))
     again = model(tokens(1, 3), past_key_values=cache).logits
     assert torch.equal(again, model(tokens(1, 3), past_key_values=untouched).logits)
+
+
+def test_inserted_layers_changed_in_a_live_configuration_are_noticed(model):
+    inserted = model.config.fast_weights
+    model.options()
+    for value in (FastWeightConfig(layers=[3]), None, "gdn"):
+        model.config.fast_weights = value
+        with pytest.raises(ValueError, match="fast_weights as they were inserted"):
+            model(tokens(1, 3))
+    model.config.fast_weights = inserted
+    model(tokens(1, 3))
+
+
+@pytest.mark.parametrize("count", ["many", [3], torch.tensor([1, 2]), float("inf"), float("nan"), 0])
+def test_a_loss_is_divided_by_one_number_above_zero(model, count):
+    with pytest.raises((TypeError, ValueError), match="expected num_items_in_batch"):
+        model(tokens(1, 3), labels=tokens(1, 3), num_items_in_batch=count)
+
+
+def test_a_setting_of_another_type_is_not_taken_for_the_one_before(model):
+    for name, valid, other in (("loop_range", [1, 3], [True, 3]), ("n_loops", 1, True)):
+        before = getattr(model.config, name)
+        setattr(model.config, name, valid)
+        model(tokens(1, 3))
+        setattr(model.config, name, other)
+        with pytest.raises(ValueError, match=name):
+            model(tokens(1, 3))
+        setattr(model.config, name, before)

@@ -312,3 +312,14 @@ def test_lengths_go_where_the_hidden_states_are():
         hidden, frame = host.open(tokens(2, 4), (4, 2), (0, 0), memory, keep_keys=False)
         host.run(hidden, memory, frame, 0, 2)
     assert seen == [("cpu", "cpu"), ("meta", "meta")]
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_padding_that_sees_nothing_does_not_reach_real_tokens_in_float64(family):
+    """Eager attention computes its softmax in float32, in which a mask of float64's lowest numbers is infinite."""
+    model = sleeping(family, window_size=6)
+    model.set_attn_implementation("eager")
+    ids, mask = tokens(2, 8), torch.ones(2, 8, dtype=torch.long)
+    mask[1, :-1] = 0
+    together, alone = model(ids, attention_mask=mask).logits[1:, -1:], model(ids[1:, -1:]).logits
+    assert_close(together, alone, FLOAT32, "a short row beside a long one")

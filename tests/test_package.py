@@ -37,12 +37,13 @@ EDGES: dict[str, set[str]] = {
     "files": {"errors"},
     "fingerprint": set(),
     "session_file": {"errors", "files", "memory", "snapshot"},
-    "cache": {"memory", "errors", "session_file", "snapshot"},
+    "cache": {"errors", "memory", "session_file", "settings", "snapshot"},
     "sleep": {"memory", "errors", "schedule", "settings", "snapshot"},
     "generation": {"cache"},
     "conversation": {"snapshot"},
     "session": {"cache", "conversation", "errors", "generation", "modeling", "session_file", "snapshot"},
     "loss": {"rows"},
+    "on_demand": {"cache", "rows", "schedule", "settings", "sleep", "snapshot"},
     "hosts": {"errors", "memory"},
     "rows": set(),
     "fast_weights": {"ops", "config"},
@@ -53,7 +54,7 @@ EDGES: dict[str, set[str]] = {
     "manifest": {"config", "errors", "files"},
     "modeling": {
         *("cache", "checkpoints", "config", "defaults", "fast_weights", "generation", "hosts", "loss", "memory"),
-        *("precision", "rows", "schedule", "settings", "sleep", "snapshot"),
+        *("on_demand", "precision", "rows", "schedule", "settings", "sleep", "snapshot"),
     },
     "checkpoints": {"card", "config", "errors", "files", "fingerprint", "manifest"},
     "retrofit": {"config", "defaults", "fingerprint", "hosts", "modeling", "settings"},
@@ -61,9 +62,9 @@ EDGES: dict[str, set[str]] = {
         *("config", "defaults", "errors", "fast_weights", "files", "manifest", "memory", "modeling", "retrofit"),
         *("schedule", "settings", "tasks"),
     },
-    "cli": {"modeling", "retrofit", "session"},
     "__init__": {"cache", "config", "errors", "modeling", "models", "retrofit", "session", "version"},
-    "__main__": {"hosts", "ops", "version"},
+    "cli": {"config", "files", "hosts", "modeling", "ops", "retrofit", "session", "training", "version"},
+    "__main__": {"cli"},
 }
 
 # Modules that are loaded where a package beyond the base dependencies is at hand, and the package.

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sleepify import FastWeightConfig, SleepConfig, SleepForCausalLM, sleepify
 from sleepify.retrofit import KEYWORDS
+from sleepify.settings import Settings
 from sleepify.training import evaluate_checkpoint
 from sleepify.training import recipe as recipes
 from sleepify.training.model_arguments import ModelArguments, build_model
@@ -265,7 +266,7 @@ NOT_SETTINGS |= {"fast_weights_only", "base_model_name_or_path", "base_model_rev
 
 
 def test_every_setting_is_a_field_of_every_recipe_and_reaches_the_model(tmp_path: Path) -> None:
-    assert SETTINGS.keys() == SleepConfig.__annotations__.keys() - NOT_SETTINGS
+    assert SETTINGS.keys() == (Settings.__annotations__.keys() | SleepConfig.__annotations__.keys()) - NOT_SETTINGS
     assert INSERTED.keys() == FastWeightConfig.__annotations__.keys()
     values = SETTINGS | {f"fast_weights_{name}": value for name, value in INSERTED.items()}
     assert SleepArguments.__dataclass_fields__.keys() == {"sleep", *values}

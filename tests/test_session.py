@@ -466,7 +466,7 @@ def test_the_cache_may_be_moved_by_hand(session, model, words):
 
 
 def test_the_documented_example_is_what_users_type(model, words, tmp_path, monkeypatch):
-    page = (ROOT / "docs" / "sessions.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "talk.md").read_text(encoding="utf-8")
     example = re.search(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[1]
     monkeypatch.chdir(tmp_path)
     Path("book.txt").write_text(STORY * 9, encoding="utf-8")
@@ -474,5 +474,5 @@ def test_the_documented_example_is_what_users_type(model, words, tmp_path, monke
     words.save_pretrained("my-model")
     monkeypatch.setattr("sleepify.generation.ANSWER", 5)
     names: dict = {}
-    exec(compile(example, "docs/sessions.md", "exec"), names)
+    exec(compile(example, "docs/talk.md", "exec"), names)
     assert isinstance(names["session"], Session) and Path("book.safetensors").exists()

@@ -313,11 +313,16 @@ class Host:
             "past_key_values": past,
             "position_ids": position_ids,
         }
-        if reach is None:
-            return create_causal_mask(config=self.config, **arguments)
-        config = copy.copy(self.config)
-        config.sliding_window = reach
-        return create_sliding_window_causal_mask(config=config, **arguments)
+        config, create = self.config, create_causal_mask
+        if reach is not None:
+            config, create = copy.copy(config), create_sliding_window_causal_mask
+            config.sliding_window = reach
+        mask = create(config=config, **arguments)
+        if isinstance(mask, Tensor) and mask.dtype == torch.float64:
+            # Eager attention takes its softmax in float32, where float64's lowest number is minus infinity, and a
+            # padding token that sees nothing but padding would be NaN.
+            mask = mask.clamp(min=torch.finfo(torch.float32).min)
+        return mask
 
 
 def _parameters(module: nn.Module) -> frozenset[str]:

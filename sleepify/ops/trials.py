@@ -19,6 +19,11 @@ _HALF, _SINGLE = 1e-2, 1e-4
 _NAMES = ("output", "state", "gradient of q", "of k", "of v", "of g", "of beta", "of the state")
 
 
+# The chunked form in PyTorch, of the gated delta rule (True) and the Hebbian one; each puts itself here, because the
+# rules import the choice of kernels, and the choice imports this.
+EXACT: dict[bool, Callable[..., tuple[Tensor, Tensor]]] = {}
+
+
 def try_rule(
     delta: bool, dtype: torch.dtype, key_dim: int, value_dim: int, with_grad: bool, device: str = "cuda"
 ) -> None:
@@ -52,13 +57,8 @@ def try_rule(
 
 
 def _expected(delta: bool, inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...], scale: float) -> list[Tensor]:
-    # Imported late: the rules import the choice of kernels, and the choice imports this.
-    from sleepify.ops.gated_delta import gated_delta_chunked
-    from sleepify.ops.gated_hebbian import gated_hebbian_chunked
-
     leaves = [x.double().requires_grad_() for x in inputs]
-    rule = gated_delta_chunked if delta else gated_hebbian_chunked
-    results = rule(*leaves, scale=scale, qk_l2norm=True)
+    results = EXACT[delta](*leaves, scale=scale, qk_l2norm=True)
     gradients = torch.autograd.grad(results, leaves, [x.double() for x in grads])
     return [x.detach() for x in (*results, *gradients)]
 

@@ -62,6 +62,13 @@ class SleepTrainingArguments(TrainingArguments):
             "help": "'fast_weights': freeze the base; 'all': freeze nothing. Default: train what requires a gradient."
         },
     )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "A checkpoint-<step> folder of this run, or 'latest' for the newest in output_dir; where there is "
+            "none yet, a new run begins."
+        },
+    )
     include_num_input_tokens_seen: str | bool = field(
         default="non_padding", metadata={"help": "Count tokens read, and so tokens per second; padding is none."}
     )

@@ -96,8 +96,7 @@ def _task_of(arguments: EvaluateArguments) -> tuple[str | None, dict[str, Any], 
     """Name and fields of the task, and the tokenizer: as given, else as noted beside the checkpoint."""
     given = arguments.task_arguments or {}
     changes: dict[str, Any] = json.loads(given) if isinstance(given, str) else given
-    noted_at = Path(arguments.model) / TASK
-    noted = json.loads(noted_at.read_text(encoding="utf-8")) if noted_at.exists() else {}
+    noted = _noted(arguments.model)
     name = arguments.task or noted.get("recipe")
     if name is not None and name not in RECIPES:
         raise ValueError(f"expected a task among {sorted(RECIPES)}, got {name!r}")
@@ -107,6 +106,25 @@ def _task_of(arguments: EvaluateArguments) -> tuple[str | None, dict[str, Any], 
             f"task_arguments: {name} has no {unknown}; it has {sorted(RECIPES[name].__dataclass_fields__)}"
         )
     return name, fields | changes, arguments.tokenizer or noted.get("tokenizer")
+
+
+def _noted(model: str) -> dict[str, Any]:
+    """What the recipe that made a checkpoint wrote beside it; empty if none did."""
+    path = Path(model) / TASK
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def tokenizer_of(model: str, name: str | None = None) -> Any:
+    """The tokenizer of a checkpoint: ``name``, else what it was trained with, else its own; None if it has none.
+
+    Args:
+        model: name or path of the checkpoint.
+        name: name or path of another tokenizer.
+    """
+    noted = _noted(model)
+    if name is None and noted and noted["tokenizer"] is None and not (Path(model) / "tokenizer_config.json").exists():
+        return None
+    return load_tokenizer(ModelArguments(model, tokenizer=name or noted.get("tokenizer")))
 
 
 def _perplexities(model: Any, arguments: EvaluateArguments) -> dict[str, float]:

@@ -21,6 +21,7 @@ from sleepify.training.arguments import SleepTrainingArguments
 from sleepify.training.data import SleepCollator, TaskDataset
 from sleepify.training.evaluate import Report, evaluate, plot
 from sleepify.training.model_arguments import ModelArguments, build_model, load_tokenizer, pad_token
+from sleepify.training.processes import note_single_process
 from sleepify.training.runs import MERGED, remove_drafts
 from sleepify.training.settings import parse_dataclasses, peek, suggest
 from sleepify.training.sleep_arguments import SleepArguments
@@ -91,7 +92,7 @@ def parse(name: str | None = None, argv: Sequence[str] | None = None, descriptio
     """
     name = _name(name, argv)
     kinds = [RECIPES[name], ModelArguments, SleepArguments, TestArguments, SleepTrainingArguments]
-    *parsed, _ = parse_dataclasses([*kinds, RecipeArguments], argv, description)
+    *parsed, _ = parse_dataclasses([*kinds, RecipeArguments], argv, description, SleepTrainingArguments)
     return Recipe(name, *parsed)
 
 
@@ -139,6 +140,7 @@ def run(name: str | None = None, argv: Sequence[str] | None = None, description:
         data_collator=SleepCollator(pad_id),
         processing_class=tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None,
     )
+    note_single_process(training)
     if trainer.is_world_process_zero():
         remove_drafts(output / MERGED)
     started, cpu_started = time.perf_counter(), time.process_time()

@@ -19,22 +19,28 @@ from typing import Any
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
+from sleepify.training.help import Formatter, arrange
 
-def parse_dataclasses(types: Sequence[Any], argv: Sequence[str] | None, description: str | None) -> tuple[Any, ...]:
+
+def parse_dataclasses(
+    types: Sequence[Any], argv: Sequence[str] | None, description: str | None, many: type | None = None
+) -> tuple[Any, ...]:
     """Command line to one object of each of ``types``.
 
     Args:
         types: dataclasses; no two share a field.
         argv: without the program's name; None for that of the process.
         description: for ``--help``.
+        many: the one of ``types`` with so many fields that ``--help`` has several headings for it.
 
     Raises:
         ValueError: for a field, in the YAML file or on the command line, that does not exist.
     """
     arguments = _arguments(argv)
-    parser = _Parser(types, description=description, allow_abbrev=False)
+    parser = _Parser(types, description=description, allow_abbrev=False, formatter_class=Formatter)
     parser.add_argument("--config", help="A YAML file of fields; it may also come first, without --config.")
     known = sorted({f.name for kind in types for f in fields(kind)})
+    arrange(parser, types, many)
     given, _ = parser.parse_known_args(arguments)
     if given.config is not None:
         parser.set_defaults(**load_config(given.config, known))
@@ -85,6 +91,15 @@ def load_config(path: str | Path, known: Collection[str] | None = None) -> dict[
         if known is not None and name not in known:
             raise ValueError(f"{path}: unknown field {name!r}{suggest(str(name), known)}")
     return values if parent is None else _merge(load_config(path.parent / parent, known), values)
+
+
+def parents(path: Path) -> list[Path]:
+    """A YAML file, the one that it ``extends``, the one that this extends, and so on."""
+    # Of the extra "train".
+    import yaml
+
+    parent = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("extends")
+    return [path, *([] if parent is None else parents(path.parent / parent))]
 
 
 def suggest(name: str, known: Collection[str]) -> str:

@@ -1,20 +1,20 @@
-"""The settings of sleep as fields of a command line: derived from `SleepConfig` and `FastWeightConfig`.
+"""The settings of sleep as fields of a command line: derived from `sleepify()` and `FastWeightConfig`.
 
-A field that is added to one of those two can be set by every recipe, with the type of its annotation and the help of
-its docstring; those of inserted layers with the prefix ``fast_weights_``.
+What is added to one of those two can be set by every recipe, with the type of its annotation and the help of its
+docstring; those of inserted layers with the prefix ``fast_weights_``.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from sleepify.config import FastWeightConfig, SleepConfig
-from sleepify.retrofit import KEYWORDS
+from sleepify.retrofit import KEYWORDS, sleepify
 
 INSERTED = "fast_weights"
 PREFIX = f"{INSERTED}_"
@@ -23,8 +23,8 @@ ELSEWHERE = frozenset({INSERTED, "base_model_revision"})
 T_ = TypeVar("T_")
 
 
-def documented(kind: type) -> dict[str, str]:
-    """What the "Args" of a class's docstring say of each field, each on one line."""
+def documented(kind: Any) -> dict[str, str]:
+    """What the "Args" of a docstring say of each field, each on one line."""
     _, _, section = inspect.cleandoc(kind.__doc__ or "").partition("\nArgs:\n")
     section = section.split("\n\n")[0]
     found = {}
@@ -39,15 +39,14 @@ def argument_type(annotation: Any) -> Any:
     """What a command line takes for a field: one value, or whole numbers."""
     is_union = get_origin(annotation) in (Union, UnionType)
     kinds = [kind for kind in get_args(annotation) if kind is not type(None)] if is_union else [annotation]
-    # transformers checks values by annotation, so that one for lists and tuples alike says Any.
-    is_list = any(kind is Any or get_origin(kind) in (list, tuple) for kind in kinds)
+    is_list = any(get_origin(kind) in (list, tuple, Sequence) for kind in kinds)
     return list[int] if is_list else kinds[0]
 
 
 def _derived() -> Iterator[tuple[str, Any, str]]:
     """(name, type, help) of every field."""
-    help_texts = documented(SleepConfig)
-    for name, annotation in inspect.get_annotations(SleepConfig, eval_str=True).items():
+    help_texts = documented(sleepify)
+    for name, annotation in get_type_hints(sleepify).items():
         if name in KEYWORDS - ELSEWHERE:
             yield name, argument_type(annotation), help_texts.get(name, "")
     help_texts = documented(FastWeightConfig)

@@ -1,8 +1,8 @@
 """SleepTrainer: transformers' Trainer for models that sleep.
 
 The loop, accumulation, logging, Accelerate, FSDP and DeepSpeed are the Trainer's. Added here: Muon beside AdamW, N
-drawn per step, updates skipped when they are not finite, checkpoints that are whole or not there, SIGTERM, and the same
-layer calls on all ranks.
+drawn per step, updates skipped when they are not finite, checkpoints that are whole or not there, a save on SIGTERM and
+Ctrl-C, and the same layer calls on all ranks.
 """
 
 from __future__ import annotations
@@ -10,13 +10,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
-from types import FrameType
 from typing import Any
 
 import torch
@@ -37,8 +33,12 @@ from sleepify.training.norms import state_norms
 from sleepify.training.optim import build_deepspeed_optimizer, build_optimizer, idle_layers
 from sleepify.training.rounds import equalise
 from sleepify.training.runs import describe_run, read_manifest, remove_drafts, whole_or_not_at_all, write_manifest
+from sleepify.training.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
+
+LATEST = "latest"
+"""What ``resume_from_checkpoint`` may say instead of a folder."""
 
 
 class NonFiniteStepsError(SleepifyError):
@@ -98,7 +98,8 @@ class SleepTrainer(Trainer):
         self.nonfinite_steps = 0
         self._nonfinite_in_a_row = 0
         self._loss_is_bad = torch.zeros((), dtype=torch.bool, device=args.device)
-        self._stop_asked = self._stop_agreed = False
+        self._stop = StopRequest()
+        self._stop_agreed = False
         self._loops_since_log: list[int] = []
         self._state_norms: dict[str, float] = {}
         self._config: Any = model.config
@@ -187,7 +188,7 @@ class SleepTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm)
         is_bad = bool(self._loss_is_bad) or not math.isfinite(norm)
         self._loss_is_bad.zero_()
-        is_bad, self._stop_agreed = self._agree(is_bad, self._stop_asked)
+        is_bad, self._stop_agreed = self._agree(is_bad, self._stop.asked is not None)
         if is_bad and self.args.skip_nonfinite:
             # Without gradients the optimiser leaves parameters and its own state as they are. DeepSpeed has made its
             # step by now, and skipped it for such a gradient.
@@ -233,10 +234,12 @@ class SleepTrainer(Trainer):
     # --- stop and resume -------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's. On SIGTERM the step is finished, a checkpoint saved, and the process exits with status 143.
+        """The Trainer's. On SIGTERM or Ctrl-C the step is finished, a checkpoint saved, and the process exits with
+        status 143 or 130; a second Ctrl-C does not wait.
 
         Args:
-            resume_from_checkpoint: a checkpoint-<step> folder, or True for the latest in ``output_dir``.
+            resume_from_checkpoint: a checkpoint-<step> folder; True for the latest in ``output_dir``; "latest" for the
+                same, or for a new run where there is none yet, so that one command starts a run and goes on with it.
             args, kwargs: those of ``Trainer.train``.
 
         Raises:
@@ -245,7 +248,11 @@ class SleepTrainer(Trainer):
         """
         directory = self.args.output_dir or ""
         last = get_last_checkpoint(directory) if os.path.isdir(directory) else None
-        if resume_from_checkpoint is True:
+        if resume_from_checkpoint == LATEST:
+            if last is None and self.args.process_index == 0:
+                logger.warning("no checkpoint in %s to resume from: a new run begins", directory)
+            resume_from_checkpoint = last
+        elif resume_from_checkpoint is True:
             resume_from_checkpoint = last or True
         self._progress = {}
         if isinstance(resume_from_checkpoint, (str, os.PathLike)):
@@ -256,10 +263,10 @@ class SleepTrainer(Trainer):
             read_manifest(Path(last), self._run)
         if self.args.should_save:
             remove_drafts(Path(directory))
-        with self._listen_to_sigterm():
+        with self._stop.listening(speaks=self.args.process_index == 0):
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self._stop_agreed:
-            raise SystemExit(128 + signal.SIGTERM)
+            raise SystemExit(self._stop.status)
         return output
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -270,24 +277,6 @@ class SleepTrainer(Trainer):
         if self.state.best_model_checkpoint is not None:
             check(self.state.best_model_checkpoint)
         super()._load_best_model()
-
-    @contextmanager
-    def _listen_to_sigterm(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.getsignal(signal.SIGTERM)
-
-        def ask(_: int, __: FrameType | None) -> None:
-            self._stop_asked = True
-            # A second signal is not held up.
-            signal.signal(signal.SIGTERM, before)
-
-        signal.signal(signal.SIGTERM, ask)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """The Trainer's, which makes a step before it asks whether there is one left to make."""
@@ -355,7 +344,7 @@ class SleepTrainer(Trainer):
 
     def restore_progress(self) -> None:
         """Go on counting where the checkpoint stopped; called when training begins."""
-        self._stop_asked = self._stop_agreed = False
+        self._stop_agreed = False
         if self._progress:
             self.nonfinite_steps = self._progress["nonfinite_steps"]
             self._nonfinite_in_a_row = self._progress["nonfinite_in_a_row"]

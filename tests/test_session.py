@@ -282,7 +282,7 @@ def test_a_template_that_rewrites_what_was_slept_on_is_refused(session, words):
 def test_text_between_turns_is_never_dropped(words):
     """Also where all of it is in the open window, and could be taken back."""
     words.chat_template = "{{ messages | length }}" + talking.TEMPLATE
-    session = Session(talking.talker(window_size=300), words)
+    session = Session(talking.talker(window_size=128), words)
     session.say("who?", max_new_tokens=5)
     session.read("abc").say("egg?", max_new_tokens=5)
     with pytest.raises(ValueError, match="leaves earlier turns as they are"):

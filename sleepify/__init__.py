@@ -20,6 +20,7 @@ from sleepify.errors import (
 )
 from sleepify.modeling import SleepForCausalLM
 from sleepify.retrofit import sleepify
+from sleepify.session import Session
 from sleepify.version import __version__
 
 AutoConfig.register("sleepify", SleepConfig, exist_ok=True)
@@ -30,6 +31,7 @@ __all__ = [
     "CheckpointError",
     "FastWeightConfig",
     "NonFiniteStateError",
+    "Session",
     "SleepCache",
     "SleepConfig",
     "SleepForCausalLM",

@@ -14,6 +14,19 @@ from sleepify.cache import SleepCache
 from sleepify.packing import Marks
 from sleepify.rows import Rows
 
+# Tokens of an answer where neither the caller nor the model's generation config says how many, and what transformers
+# takes there.
+ANSWER, _UNSAID = 256, 20
+_OURS = (
+    "inputs",
+    "input_ids",
+    "attention_mask",
+    "past_key_values",
+    "new_tokens",
+    "tokenizer",
+    "return_dict_in_generate",
+)
+
 
 class Ended(StoppingCriteriaList):
     """Stopping criteria that remember which rows have met them, and the last token of each row.
@@ -45,6 +58,32 @@ def left_padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     ids = torch.nn.utils.rnn.pad_sequence([row.flip(0) for row in rows], batch_first=True).flip(1)
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).flip(1)
     return ids, mask
+
+
+def answer_keywords(given: dict[str, Any], config: Any, pad: int | None) -> dict[str, Any]:
+    """A user's keywords for ``generate``, where prompt and session are not the user's to choose; with a limit.
+
+    Args:
+        given: the keywords.
+        config: the model's generation config.
+        pad: the tokenizer's token for padding.
+
+    Raises:
+        ValueError: for what would choose them, or more than one answer to a prompt.
+    """
+    if own := [name for name in _OURS if name in given]:
+        raise ValueError(f"expected keywords of generate other than {', '.join(_OURS)}, got {own}")
+    config = given.get("generation_config") or config
+    said = {name: given.get(name) or getattr(config, name, None) for name in ("num_beams", "num_return_sequences")}
+    if any(value not in (None, 1) for value in said.values()):
+        raise ValueError(f"expected one answer to a question, sampled or greedy, got {said}; ask a list of questions")
+    limits = [given.get(name) or getattr(config, name, None) for name in ("max_new_tokens", "max_length")]
+    keywords = dict(given)
+    if limits[0] is None and limits[1] in (None, _UNSAID):
+        keywords["max_new_tokens"] = ANSWER
+    if pad is not None and given.get("pad_token_id") is None and getattr(config, "pad_token_id", None) is None:
+        keywords["pad_token_id"] = pad
+    return keywords
 
 
 class SleepGeneration(GenerationMixin):
@@ -126,6 +165,8 @@ class SleepGeneration(GenerationMixin):
     ) -> Any:
         """transformers' loop; rows that have ended are not read on with what fills their places."""
         ended = Ended(stopping_criteria)
+        # Stop strings have been made of it; the loop would hand it on to `forward`.
+        kwargs.pop("tokenizer", None)
         loop: Any = super()._sample  # type: ignore[misc]
         output = loop(input_ids, logits_processor, ended, *args, ended=ended, **kwargs)
         cache = kwargs.get("past_key_values")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ _COUNTS = (*_PER_ROW[:-1], "owner", "columns", "fixed_shapes")
 _IDS = re.compile(r"open_ids|digest|pending\.\d+")
 
 
-def write_session(path: str | os.PathLike, session: Snapshot) -> None:
-    """Write ``path`` beside and rename it."""
+def write_session(path: str | os.PathLike, session: Snapshot, notes: Mapping[str, str] | None = None) -> None:
+    """Write ``path`` beside and rename it; ``notes`` stay beside the tensors, covered by the digest."""
     tensors = {"open_ids": session.open_ids} | {f"pending.{row}": ids for row, ids in enumerate(session.pending)}
     if session.digest is not None:
         tensors["digest"] = session.digest
@@ -39,7 +40,7 @@ def write_session(path: str | os.PathLike, session: Snapshot) -> None:
         tensors |= {f"keys.{index}": keys, f"values.{index}": values}
     counts = {name: getattr(session, name) for name in _COUNTS} | {"kv_lengths": session.memory.kv_lengths}
     manifest = {"version": _VERSION, "tensors": _shapes(tensors), "counts": counts}
-    write_sealed(Path(path), tensors, {_MANIFEST: json.dumps(manifest, sort_keys=True)})
+    write_sealed(Path(path), tensors, {**(notes or {}), _MANIFEST: json.dumps(manifest, sort_keys=True)})
 
 
 def read_session(path: str | os.PathLike, *, verify: bool = True) -> Snapshot:
@@ -52,6 +53,11 @@ def read_session(path: str | os.PathLike, *, verify: bool = True) -> Snapshot:
     Raises:
         CheckpointError: naming what is missing, altered, or does not agree.
     """
+    return read_with_notes(path, verify=verify)[0]
+
+
+def read_with_notes(path: str | os.PathLike, *, verify: bool = True) -> tuple[Snapshot, dict[str, str]]:
+    """The same, and the notes that were written with it."""
     tensors, metadata = read_tensors(path)
     manifest = _manifest(path, metadata)
     shapes = _shapes(tensors)
@@ -73,7 +79,7 @@ def read_session(path: str | os.PathLike, *, verify: bool = True) -> Snapshot:
     _check_counts(path, counts, tensors.get("open_ids"))
     session = _sorted_out(path, counts, tensors)
     _check_shapes(path, session)
-    return session
+    return session, {name: value for name, value in metadata.items() if name != _MANIFEST}
 
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, list[Any]]:

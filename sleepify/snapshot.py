@@ -147,6 +147,14 @@ class Snapshot:
             columns=max(0, self.columns - max(back, default=0)),
         )
 
+    def at_rest(self) -> Snapshot:
+        """The same without the keys of its open window, which the next call reads again: to be set aside."""
+        rows = [row for row, length in enumerate(self.open_lengths) if length and not self.stale[row]]
+        if not rows:
+            return self
+        memory = self.memory.put(rows, self.before_window(rows).or_zeros(self.memory))
+        return replace(self, memory=memory, stale=tuple(row in rows or old for row, old in enumerate(self.stale)))
+
     # --- awake -----------------------------------------------------------------------------------------------------
 
     def next_window(self, each: Round, group: Wake, input_ids: Tensor, sliding: bool) -> Window:

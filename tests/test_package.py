@@ -40,6 +40,8 @@ EDGES: dict[str, set[str]] = {
     "cache": {"errors", "memory", "session_file", "settings", "snapshot"},
     "sleep": {"memory", "errors", "schedule", "settings", "snapshot"},
     "generation": {"cache", "packing", "rows"},
+    "conversation": {"snapshot"},
+    "session": {"cache", "conversation", "errors", "generation", "modeling", "session_file", "snapshot"},
     "loss": {"rows"},
     "on_demand": {"cache", "rows", "schedule", "settings", "sleep", "snapshot"},
     "hosts": {"errors", "memory"},
@@ -78,8 +80,10 @@ EDGES: dict[str, set[str]] = {
         *("retrofit", "rows", "schedule", "settings", "tasks"),
     },
     "serving": {"cache", "errors", "files", "generation", "memory", "modeling"},
-    "__init__": {"cache", "config", "errors", "modeling", "models", "retrofit", "version"},
-    "cli": {"config", "files", "hosts", "modeling", "ops", "serving", "training", "version"},
+    "__init__": {"cache", "config", "errors", "modeling", "models", "retrofit", "session", "version"},
+    "cli": {
+        *("config", "files", "hosts", "modeling", "ops", "retrofit", "serving", "session", "training", "version"),
+    },
     "__main__": {"cli"},
 }
 

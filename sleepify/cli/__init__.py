@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "train from a recipe's YAML file, on one device or through accelerate launch",
     "evaluate": "test a checkpoint at any N and windows, or measure its perplexity on a text",
     "generate": "continue a prompt, sleeping whenever a window is full",
+    "chat": "talk in the terminal with a model that sleeps",
     "serve": "answer over HTTP in OpenAI's form, with sessions that sleep",
     "recipes": "list the recipes that came with sleepify, or copy some to change them",
     "doctor": "what is installed, which code runs on this machine, what slows it down",

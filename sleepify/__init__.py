@@ -19,11 +19,14 @@ from sleepify.errors import (
     UnsupportedModelError,
 )
 from sleepify.modeling import SleepForCausalLM
+from sleepify.peft import lora_config
+from sleepify.peft import register as register_with_peft
 from sleepify.retrofit import sleepify
 from sleepify.version import __version__
 
 AutoConfig.register("sleepify", SleepConfig, exist_ok=True)
 AutoModelForCausalLM.register(SleepConfig, SleepForCausalLM, exist_ok=True)
+register_with_peft()
 
 __all__ = [
     "CacheMismatchError",
@@ -36,5 +39,6 @@ __all__ = [
     "SleepifyError",
     "UnsupportedModelError",
     "__version__",
+    "lora_config",
     "sleepify",
 ]

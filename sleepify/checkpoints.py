@@ -24,8 +24,9 @@ from sleepify import manifest
 from sleepify.card import write_card
 from sleepify.config import SleepConfig
 from sleepify.errors import CheckpointError
-from sleepify.files import discard, read_tensors
+from sleepify.files import discard, draft_of, read_tensors
 from sleepify.fingerprint import fingerprint
+from sleepify.peft import check_complete
 
 WEIGHTS = "fast_weights.safetensors"
 _HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -83,6 +84,8 @@ class SleepCheckpoint(PreTrainedModel):
         if directory.is_file():
             raise ValueError(f"expected a directory to save to, got the file {directory}")
         writes = is_main_process and _rank() == 0
+        if self._hf_peft_config_loaded:
+            return self._save_adapter(directory, writes, state_dict, fast_weights_only, push_to_hub, kwargs)
         if distributed_checkpoint:
             if writes:
                 manifest.begin_in_place(directory)
@@ -115,6 +118,32 @@ class SleepCheckpoint(PreTrainedModel):
         manifest.place(draft, directory)
         if push_to_hub:
             self.push_to_hub(kwargs.get("repo_id", directory.name), fast_weights_only=fast_weights_only)
+
+    def _save_adapter(
+        self,
+        directory: Path,
+        writes: bool,
+        state_dict: dict[str, Tensor] | None,
+        fast_weights_only: bool,
+        push_to_hub: bool,
+        kwargs: dict[str, Any],
+    ) -> None:
+        """What `add_adapter` added, in peft's form; the model itself is left out, as transformers does."""
+        if fast_weights_only or push_to_hub:
+            raise ValueError(
+                "expected an adapter to be saved as such, got fast_weights_only or push_to_hub; save it without, "
+                "or wrap the model by peft.get_peft_model, whose push_to_hub uploads adapters"
+            )
+        draft = draft_of(directory / "adapter")
+        discard(draft)
+        try:
+            super().save_pretrained(draft if writes else directory, writes, state_dict, **kwargs)
+            if writes:
+                for path in sorted(draft.iterdir()):
+                    os.replace(path, directory / path.name)
+        finally:
+            if writes:
+                discard(draft)
 
     def _check_savable_alone(self) -> None:
         if not len(self.fast_weights):
@@ -168,6 +197,34 @@ class SleepCheckpoint(PreTrainedModel):
         return str(done)
 
     # --- loading ---------------------------------------------------------------------------------------------------
+
+    def load_adapter(  # type: ignore[override]
+        self, peft_model_id: str | None = None, adapter_name: str | None = None, **kwargs: Any
+    ) -> Any:
+        """As in transformers; an adapter without all its weights, those of inserted layers too, is an error.
+
+        Args:
+            peft_model_id: a directory, or a repository on the Hub.
+            adapter_name: what to call it.
+            kwargs: others of ``PreTrainedModel.load_adapter``.
+
+        Raises:
+            CheckpointError: naming the weights that are missing.
+        """
+        info = super().load_adapter(peft_model_id, adapter_name, **kwargs)
+        held = kwargs.get("adapter_state_dict")
+        if held is None:
+            hub = {key: kwargs[key] for key in _HUB if key in kwargs}
+            file: Any = cached_file(peft_model_id, "adapter_model.safetensors", **hub)
+            held, _ = read_tensors(file)
+        names = {name.removeprefix("base_model.model.") for name in held}
+        check_complete(self, self.peft_config[adapter_name or "default"], names)
+        if info.missing_keys:
+            raise CheckpointError(
+                f"expected an adapter with all its weights, {len(info.missing_keys)} are missing "
+                f"({', '.join(sorted(info.missing_keys)[:3])}...); fetch or save it again"
+            )
+        return info
 
     @classmethod
     def from_pretrained(

@@ -53,13 +53,14 @@ EDGES: dict[str, set[str]] = {
         *("cache", "checkpoints", "config", "defaults", "fast_weights", "generation", "hosts", "loss", "memory"),
         *("precision", "rows", "schedule", "settings", "sleep", "snapshot"),
     },
-    "checkpoints": {"card", "config", "errors", "files", "fingerprint", "manifest"},
+    "checkpoints": {"card", "config", "errors", "files", "fingerprint", "manifest", "peft"},
     "retrofit": {"config", "defaults", "fingerprint", "hosts", "modeling", "settings"},
     "training": {
         *("config", "defaults", "errors", "fast_weights", "files", "manifest", "memory", "modeling", "retrofit"),
         *("schedule", "settings", "tasks"),
     },
-    "__init__": {"cache", "config", "errors", "modeling", "models", "retrofit", "version"},
+    "peft": {"errors"},
+    "__init__": {"cache", "config", "errors", "modeling", "models", "peft", "retrofit", "version"},
     "__main__": {"hosts", "ops", "version"},
 }
 

@@ -33,6 +33,8 @@ _HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", 
 _PUSH = {"private", "token", "revision", "commit_message", "create_pr", "max_shard_size"}
 # Files of an earlier push that would be loaded in the place of what is pushed now.
 _REPLACED = ["model*.safetensors", "model*.safetensors.index.json", "shard-*.safetensors", WEIGHTS]
+# What a quantized base says of itself, by which peft, trainers and saving go.
+_QUANTIZED = {"hf_quantizer", "is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized", "quantization_method"}
 
 Model = TypeVar("Model", bound="SleepCheckpoint")
 
@@ -296,6 +298,8 @@ class SleepCheckpoint(PreTrainedModel):
             beside = next(decoder.layers[index].parameters())
             layer.to(device=beside.device, dtype=base.dtype)
         model.generation_config = base.generation_config
+        for name in _QUANTIZED & vars(base).keys():
+            setattr(model, name, getattr(base, name))
         return model.train(base.training)
 
     @classmethod

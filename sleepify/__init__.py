@@ -6,6 +6,7 @@
 Importing this package makes transformers' Auto classes know sleeping models, Jet-Nemotron and Ouro.
 """
 
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sleepify import models as models  # registers jet_nemotron and ouro
@@ -26,6 +27,8 @@ from sleepify.version import __version__
 
 AutoConfig.register("sleepify", SleepConfig, exist_ok=True)
 AutoModelForCausalLM.register(SleepConfig, SleepForCausalLM, exist_ok=True)
+# `transformers serve` and `chat` look a checkpoint's architecture up by its name.
+transformers.SleepForCausalLM = SleepForCausalLM
 register_with_peft()
 
 __all__ = [

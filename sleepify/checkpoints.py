@@ -21,16 +21,20 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file
 
 from sleepify import manifest
-from sleepify.card import write_card
+from sleepify.card import read_results, write_card
 from sleepify.config import SleepConfig
 from sleepify.errors import CheckpointError
 from sleepify.files import discard, draft_of, read_tensors
 from sleepify.fingerprint import fingerprint
+from sleepify.loader import write_loader
 from sleepify.peft import check_complete
 
 WEIGHTS = "fast_weights.safetensors"
 _HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-_PUSH = {"private", "token", "revision", "commit_message", "create_pr", "max_shard_size"}
+_PUSH = {
+    *("repo_id", "private", "token", "revision", "commit_message", "commit_description", "create_pr", "max_shard_size"),
+    "tags",
+}
 # Files of an earlier push that would be loaded in the place of what is pushed now.
 _REPLACED = ["model*.safetensors", "model*.safetensors.index.json", "shard-*.safetensors", WEIGHTS]
 # What a quantized base says of itself, by which peft, trainers and saving go.
@@ -83,6 +87,7 @@ class SleepCheckpoint(PreTrainedModel):
             ValueError: for a file in the place of the directory; with ``fast_weights_only``, for no inserted layers.
         """
         directory = Path(save_directory)
+        hub = {name: kwargs.pop(name) for name in _PUSH - {"max_shard_size"} if name in kwargs}
         if directory.is_file():
             raise ValueError(f"expected a directory to save to, got the file {directory}")
         writes = is_main_process and _rank() == 0
@@ -94,6 +99,7 @@ class SleepCheckpoint(PreTrainedModel):
             kwargs |= {"state_dict": state_dict, "push_to_hub": push_to_hub, "distributed_checkpoint": True}
             super().save_pretrained(directory, is_main_process, **kwargs)
             if writes:
+                write_loader(directory)
                 manifest.write_manifest(directory)
             torch.distributed.barrier()
             return
@@ -110,8 +116,11 @@ class SleepCheckpoint(PreTrainedModel):
                 self._save_alone(draft, self.state_dict() if state_dict is None else state_dict)
             else:
                 super().save_pretrained(draft, True, state_dict, **kwargs)
+            write_loader(draft)
             if not (directory / "README.md").exists():
-                card = write_card(SleepConfig.from_pretrained(draft))
+                card = write_card(
+                    SleepConfig.from_pretrained(draft), os.fspath(save_directory), read_results(directory)
+                )
                 (draft / "README.md").write_text(card, encoding="utf-8")
             manifest.write_manifest(draft)
         except BaseException:
@@ -119,7 +128,8 @@ class SleepCheckpoint(PreTrainedModel):
             raise
         manifest.place(draft, directory)
         if push_to_hub:
-            self.push_to_hub(kwargs.get("repo_id", directory.name), fast_weights_only=fast_weights_only)
+            shards = {"max_shard_size": kwargs["max_shard_size"]} if "max_shard_size" in kwargs else {}
+            self.push_to_hub(hub.pop("repo_id", directory.name), fast_weights_only, **hub, **shards)
 
     def _save_adapter(
         self,
@@ -177,26 +187,36 @@ class SleepCheckpoint(PreTrainedModel):
         Args:
             repo_id: "user/name".
             fast_weights_only: as in `save_pretrained`.
-            kwargs: ``private``, ``token``, ``revision``, ``commit_message``, ``create_pr``, ``max_shard_size``.
+            kwargs: those of transformers: ``commit_message``, ``commit_description``, ``private``, ``token``,
+                ``revision`` (a branch, made if it is not there), ``create_pr``, ``max_shard_size``, ``tags``.
         """
         if unknown := sorted(kwargs.keys() - _PUSH):
             raise TypeError(f"unknown keywords {unknown}; known are {sorted(_PUSH)}")
-        api = HfApi(token=kwargs.get("token"))
+        api, revision = HfApi(token=kwargs.get("token")), kwargs.get("revision")
         with tempfile.TemporaryDirectory() as folder:
             saving = {"max_shard_size": kwargs["max_shard_size"]} if "max_shard_size" in kwargs else {}
             self.save_pretrained(folder, fast_weights_only=fast_weights_only, **saving)
-            card = write_card(SleepConfig.from_pretrained(folder), online=True)
-            (Path(folder) / "README.md").write_text(card, encoding="utf-8")
             repo = api.create_repo(repo_id, private=kwargs.get("private"), exist_ok=True).repo_id
+            if revision not in (None, "main"):
+                api.create_branch(repo, branch=revision, exist_ok=True)
+            results = read_results(Path(self.name_or_path)) if self.name_or_path else {}
+            config, tags = SleepConfig.from_pretrained(folder), kwargs.get("tags") or ()
+            card = write_card(config, repo, results, tags=tags, online=True)
+            (Path(folder) / "README.md").write_text(card, encoding="utf-8")
             done = api.upload_folder(
                 folder_path=folder,
                 repo_id=repo,
-                revision=kwargs.get("revision"),
-                commit_message=kwargs.get("commit_message", "Upload a model that sleeps"),
+                revision=revision,
+                commit_message=kwargs.get("commit_message") or "Upload a model that sleeps",
+                commit_description=kwargs.get("commit_description"),
                 create_pr=kwargs.get("create_pr", False),
                 delete_patterns=_REPLACED,
             )
         return str(done)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:
+        """What transformers calls for a class from a checkpoint's file; of this one it shall copy nothing."""
 
     # --- loading ---------------------------------------------------------------------------------------------------
 

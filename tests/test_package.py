@@ -28,7 +28,8 @@ EDGES: dict[str, set[str]] = {
     "version": set(),
     "errors": set(),
     "memory": set(),
-    "config": {"settings"},
+    "config": {"loader", "settings"},
+    "loader": set(),
     "ops": set(),
     "tasks": set(),
     "schedule": set(),
@@ -53,7 +54,7 @@ EDGES: dict[str, set[str]] = {
         *("cache", "checkpoints", "config", "defaults", "fast_weights", "generation", "hosts", "loss", "memory"),
         *("precision", "rows", "schedule", "settings", "sleep", "snapshot"),
     },
-    "checkpoints": {"card", "config", "errors", "files", "fingerprint", "manifest", "peft"},
+    "checkpoints": {"card", "config", "errors", "files", "fingerprint", "loader", "manifest", "peft"},
     "retrofit": {"config", "defaults", "fingerprint", "hosts", "modeling", "settings"},
     "training": {
         *("config", "defaults", "errors", "fast_weights", "files", "manifest", "memory", "modeling", "retrofit"),

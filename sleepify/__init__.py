@@ -28,7 +28,7 @@ from sleepify.version import __version__
 AutoConfig.register("sleepify", SleepConfig, exist_ok=True)
 AutoModelForCausalLM.register(SleepConfig, SleepForCausalLM, exist_ok=True)
 # `transformers serve` and `chat` look a checkpoint's architecture up by its name.
-transformers.SleepForCausalLM = SleepForCausalLM
+transformers.SleepForCausalLM = SleepForCausalLM  # type: ignore[attr-defined]
 register_with_peft()
 
 __all__ = [

@@ -13,13 +13,13 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from sleepify.config import SleepConfig
 
-_JET = {
+_JET: dict[str, Any] = {
     "license": "other",
     "license_name": "nvidia-jet-nemotron",
     "license_link": "https://github.com/NVlabs/Jet-Nemotron",
 }
 _JET_WORDS = "NVIDIA's licence for Jet-Nemotron: derivatives are for non-commercial use only"
-_APACHE = {"license": "apache-2.0"}
+_APACHE: dict[str, Any] = {"license": "apache-2.0"}
 # Licences that a derivative inherits and that a user must not overlook, where the base's own card cannot be read.
 _LICENCES = {
     "jet_nemotron": (_JET, _JET_WORDS),
@@ -192,7 +192,7 @@ def _table(numbers: dict[str, float]) -> list[str]:
     return ["## Results", "", "| | |", "|---|---|", *rows, ""]
 
 
-def _licence(config: SleepConfig, online: bool) -> tuple[dict[str, str], str]:
+def _licence(config: SleepConfig, online: bool) -> tuple[dict[str, Any], str]:
     """(fields for the header, words for the table)."""
     base = config.base_model_name_or_path
     found: Any = None
@@ -201,7 +201,7 @@ def _licence(config: SleepConfig, online: bool) -> tuple[dict[str, str], str]:
     elif base and online and _is_on_hub(base):
         found = HfApi().model_info(base, revision=config.base_model_revision).card_data
     names = ("license", "license_name", "license_link")
-    fields = {name: str(value) for name in names if (value := getattr(found, name, None))}
+    fields: dict[str, Any] = {name: str(value) for name in names if (value := getattr(found, name, None))}
     if "license" in fields:
         link = fields.get("license_link")
         if link and base and _is_on_hub(base) and "://" not in link:

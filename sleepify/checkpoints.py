@@ -237,7 +237,8 @@ class SleepCheckpoint(PreTrainedModel):
         held = kwargs.get("adapter_state_dict")
         if held is None:
             hub = {key: kwargs[key] for key in _HUB if key in kwargs}
-            file: Any = cached_file(peft_model_id, "adapter_model.safetensors", **hub)
+            source: Any = peft_model_id
+            file: Any = cached_file(source, "adapter_model.safetensors", **hub)
             held, _ = read_tensors(file)
         names = {name.removeprefix("base_model.model.") for name in held}
         check_complete(self, self.peft_config[adapter_name or "default"], names)

@@ -72,10 +72,11 @@ def register() -> None:
 
     # Shown to whoever asks; for a sleeping model itself, `_complete` is more exact.
     LORA_TARGETS["sleepify"] = "all-linear"
-    BaseTuner.inject_adapter = _around(BaseTuner.inject_adapter, _inject)
-    for place in (peft, peft_model):
-        place.get_peft_model_state_dict = _around(place.get_peft_model_state_dict, _collect)
-        place.set_peft_model_state_dict = _around(place.set_peft_model_state_dict, _restore)
+    places: list[tuple[Any, str, Callable[..., Any]]] = [(BaseTuner, "inject_adapter", _inject)]
+    for module in (peft, peft_model):
+        places += [(module, "get_peft_model_state_dict", _collect), (module, "set_peft_model_state_dict", _restore)]
+    for place, name, ours in places:
+        setattr(place, name, _around(getattr(place, name), ours))
 
 
 def _around(function: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
@@ -125,7 +126,7 @@ def _targets(model: Any) -> list[str]:
     base = model.language_model
     uses = Counter(id(parameter) for _, parameter in base.named_parameters(remove_duplicate=False))
     head, idle = base.get_output_embeddings(), {id(parameter) for parameter in model.blocks.idle_parameters()}
-    modules = dict(base.named_modules())
+    modules: dict[str, Any] = dict(base.named_modules())
     adapted = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
     found = []
     for name, module in modules.items():

@@ -108,7 +108,7 @@ def write_card(
             *_example(config, repository),
             "```",
             "",
-            "Or with `trust_remote_code=True` in place of `import sleepify`: the one file of code here, "
+            "Or without `import sleepify` where `trust_remote_code` is set: the one file of code here, "
             "`modeling_sleepify.py`, imports the package and does nothing else.",
             "",
             *_table(numbers),

@@ -128,11 +128,12 @@ def _targets(model: Any) -> list[str]:
     head, idle = base.get_output_embeddings(), {id(parameter) for parameter in model.blocks.idle_parameters()}
     modules: dict[str, Any] = dict(base.named_modules())
     adapted = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
+    kinds: tuple[Any, ...] = (nn.Linear, Conv1D, BaseTunerLayer)
     found = []
     for name, module in modules.items():
         parent = type(modules[name.rpartition(".")[0]]).__name__
         if (
-            isinstance(module, (nn.Linear, Conv1D, BaseTunerLayer))
+            isinstance(module, kinds)
             and module is not head
             and not name.startswith(adapted)
             and not any(id(parameter) in idle or uses[id(parameter)] > 1 for parameter in module.parameters())

@@ -6,6 +6,7 @@
 Importing this package makes transformers' Auto classes know sleeping models, Jet-Nemotron and Ouro.
 """
 
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sleepify import models as models  # registers jet_nemotron and ouro
@@ -19,12 +20,17 @@ from sleepify.errors import (
     UnsupportedModelError,
 )
 from sleepify.modeling import SleepForCausalLM
+from sleepify.peft import lora_config
+from sleepify.peft import register as register_with_peft
 from sleepify.retrofit import sleepify
 from sleepify.session import Session
 from sleepify.version import __version__
 
 AutoConfig.register("sleepify", SleepConfig, exist_ok=True)
 AutoModelForCausalLM.register(SleepConfig, SleepForCausalLM, exist_ok=True)
+# `transformers serve` and `chat` look a checkpoint's architecture up by its name.
+transformers.SleepForCausalLM = SleepForCausalLM  # type: ignore[attr-defined]
+register_with_peft()
 
 __all__ = [
     "CacheMismatchError",
@@ -38,5 +44,6 @@ __all__ = [
     "SleepifyError",
     "UnsupportedModelError",
     "__version__",
+    "lora_config",
     "sleepify",
 ]

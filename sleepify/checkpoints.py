@@ -21,17 +21,24 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file
 
 from sleepify import manifest
-from sleepify.card import write_card
+from sleepify.card import read_results, write_card
 from sleepify.config import SleepConfig
 from sleepify.errors import CheckpointError
-from sleepify.files import discard, read_tensors
+from sleepify.files import discard, draft_of, read_tensors
 from sleepify.fingerprint import fingerprint
+from sleepify.loader import write_loader
+from sleepify.peft import check_complete
 
 WEIGHTS = "fast_weights.safetensors"
 _HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-_PUSH = {"private", "token", "revision", "commit_message", "create_pr", "max_shard_size"}
+_PUSH = {
+    *("repo_id", "private", "token", "revision", "commit_message", "commit_description", "create_pr", "max_shard_size"),
+    "tags",
+}
 # Files of an earlier push that would be loaded in the place of what is pushed now.
 _REPLACED = ["model*.safetensors", "model*.safetensors.index.json", "shard-*.safetensors", WEIGHTS]
+# What a quantized base says of itself, by which peft, trainers and saving go.
+_QUANTIZED = {"hf_quantizer", "is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized", "quantization_method"}
 
 Model = TypeVar("Model", bound="SleepCheckpoint")
 
@@ -80,15 +87,19 @@ class SleepCheckpoint(PreTrainedModel):
             ValueError: for a file in the place of the directory; with ``fast_weights_only``, for no inserted layers.
         """
         directory = Path(save_directory)
+        hub = {name: kwargs.pop(name) for name in _PUSH - {"max_shard_size"} if name in kwargs}
         if directory.is_file():
             raise ValueError(f"expected a directory to save to, got the file {directory}")
         writes = is_main_process and _rank() == 0
+        if self._hf_peft_config_loaded:
+            return self._save_adapter(directory, writes, state_dict, fast_weights_only, push_to_hub, kwargs)
         if distributed_checkpoint:
             if writes:
                 manifest.begin_in_place(directory)
             kwargs |= {"state_dict": state_dict, "push_to_hub": push_to_hub, "distributed_checkpoint": True}
             super().save_pretrained(directory, is_main_process, **kwargs)
             if writes:
+                write_loader(directory)
                 manifest.write_manifest(directory)
             torch.distributed.barrier()
             return
@@ -105,8 +116,11 @@ class SleepCheckpoint(PreTrainedModel):
                 self._save_alone(draft, self.state_dict() if state_dict is None else state_dict)
             else:
                 super().save_pretrained(draft, True, state_dict, **kwargs)
+            write_loader(draft)
             if not (directory / "README.md").exists():
-                card = write_card(SleepConfig.from_pretrained(draft))
+                card = write_card(
+                    SleepConfig.from_pretrained(draft), os.fspath(save_directory), read_results(directory)
+                )
                 (draft / "README.md").write_text(card, encoding="utf-8")
             manifest.write_manifest(draft)
         except BaseException:
@@ -114,7 +128,34 @@ class SleepCheckpoint(PreTrainedModel):
             raise
         manifest.place(draft, directory)
         if push_to_hub:
-            self.push_to_hub(kwargs.get("repo_id", directory.name), fast_weights_only=fast_weights_only)
+            shards = {"max_shard_size": kwargs["max_shard_size"]} if "max_shard_size" in kwargs else {}
+            self.push_to_hub(hub.pop("repo_id", directory.name), fast_weights_only, **hub, **shards)
+
+    def _save_adapter(
+        self,
+        directory: Path,
+        writes: bool,
+        state_dict: dict[str, Tensor] | None,
+        fast_weights_only: bool,
+        push_to_hub: bool,
+        kwargs: dict[str, Any],
+    ) -> None:
+        """What `add_adapter` added, in peft's form; the model itself is left out, as transformers does."""
+        if fast_weights_only or push_to_hub:
+            raise ValueError(
+                "expected an adapter to be saved as such, got fast_weights_only or push_to_hub; save it without, "
+                "or wrap the model by peft.get_peft_model, whose push_to_hub uploads adapters"
+            )
+        draft = draft_of(directory / "adapter")
+        discard(draft)
+        try:
+            super().save_pretrained(draft if writes else directory, writes, state_dict, **kwargs)
+            if writes:
+                for path in sorted(draft.iterdir()):
+                    os.replace(path, directory / path.name)
+        finally:
+            if writes:
+                discard(draft)
 
     def _check_savable_alone(self) -> None:
         if not len(self.fast_weights):
@@ -146,28 +187,67 @@ class SleepCheckpoint(PreTrainedModel):
         Args:
             repo_id: "user/name".
             fast_weights_only: as in `save_pretrained`.
-            kwargs: ``private``, ``token``, ``revision``, ``commit_message``, ``create_pr``, ``max_shard_size``.
+            kwargs: those of transformers: ``commit_message``, ``commit_description``, ``private``, ``token``,
+                ``revision`` (a branch, made if it is not there), ``create_pr``, ``max_shard_size``, ``tags``.
         """
         if unknown := sorted(kwargs.keys() - _PUSH):
             raise TypeError(f"unknown keywords {unknown}; known are {sorted(_PUSH)}")
-        api = HfApi(token=kwargs.get("token"))
+        api, revision = HfApi(token=kwargs.get("token")), kwargs.get("revision")
         with tempfile.TemporaryDirectory() as folder:
             saving = {"max_shard_size": kwargs["max_shard_size"]} if "max_shard_size" in kwargs else {}
             self.save_pretrained(folder, fast_weights_only=fast_weights_only, **saving)
-            card = write_card(SleepConfig.from_pretrained(folder), online=True)
-            (Path(folder) / "README.md").write_text(card, encoding="utf-8")
             repo = api.create_repo(repo_id, private=kwargs.get("private"), exist_ok=True).repo_id
+            if revision not in (None, "main"):
+                api.create_branch(repo, branch=revision, exist_ok=True)
+            results = read_results(Path(self.name_or_path)) if self.name_or_path else {}
+            config, tags = SleepConfig.from_pretrained(folder), kwargs.get("tags") or ()
+            card = write_card(config, repo, results, tags=tags, online=True)
+            (Path(folder) / "README.md").write_text(card, encoding="utf-8")
             done = api.upload_folder(
                 folder_path=folder,
                 repo_id=repo,
-                revision=kwargs.get("revision"),
-                commit_message=kwargs.get("commit_message", "Upload a model that sleeps"),
+                revision=revision,
+                commit_message=kwargs.get("commit_message") or "Upload a model that sleeps",
+                commit_description=kwargs.get("commit_description"),
                 create_pr=kwargs.get("create_pr", False),
                 delete_patterns=_REPLACED,
             )
         return str(done)
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:
+        """What transformers calls for a class from a checkpoint's file; of this one it shall copy nothing."""
+
     # --- loading ---------------------------------------------------------------------------------------------------
+
+    def load_adapter(  # type: ignore[override]
+        self, peft_model_id: str | None = None, adapter_name: str | None = None, **kwargs: Any
+    ) -> Any:
+        """As in transformers; an adapter without all its weights, those of inserted layers too, is an error.
+
+        Args:
+            peft_model_id: a directory, or a repository on the Hub.
+            adapter_name: what to call it.
+            kwargs: others of ``PreTrainedModel.load_adapter``.
+
+        Raises:
+            CheckpointError: naming the weights that are missing.
+        """
+        info = super().load_adapter(peft_model_id, adapter_name, **kwargs)
+        held = kwargs.get("adapter_state_dict")
+        if held is None:
+            hub = {key: kwargs[key] for key in _HUB if key in kwargs}
+            source: Any = peft_model_id
+            file: Any = cached_file(source, "adapter_model.safetensors", **hub)
+            held, _ = read_tensors(file)
+        names = {name.removeprefix("base_model.model.") for name in held}
+        check_complete(self, self.peft_config[adapter_name or "default"], names)
+        if info.missing_keys:
+            raise CheckpointError(
+                f"expected an adapter with all its weights, {len(info.missing_keys)} are missing "
+                f"({', '.join(sorted(info.missing_keys)[:3])}...); fetch or save it again"
+            )
+        return info
 
     @classmethod
     def from_pretrained(
@@ -239,6 +319,8 @@ class SleepCheckpoint(PreTrainedModel):
             beside = next(decoder.layers[index].parameters())
             layer.to(device=beside.device, dtype=base.dtype)
         model.generation_config = base.generation_config
+        for name in _QUANTIZED & vars(base).keys():
+            setattr(model, name, getattr(base, name))
         return model.train(base.training)
 
     @classmethod

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from sleepify.loader import AUTO_MAP
 from sleepify.settings import Settings
 
 _OF_LOGITS = ("logit_scale", "final_logit_softcapping")
@@ -98,7 +99,7 @@ class SleepConfig(Settings, PreTrainedConfig):
     model_type = "sleepify"
     sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
     is_composition: ClassVar[bool] = True
-    # What loads models by name looks into it; None would be an error there.
+    # For files only (`to_dict`): whoever has a SleepConfig has sleepify. transformers cannot do with None.
     auto_map = dict[str, str]()
 
     text_config: Any = None
@@ -140,6 +141,7 @@ class SleepConfig(Settings, PreTrainedConfig):
         # transformers hands these down to the nested configuration, also when they are not given: keep the base's own.
         for name in ("attn_implementation", "experts_implementation"):
             kwargs.setdefault(name, getattr(self.text_config, f"_{name}", None))
+        kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
         self.validate_sleep()
 
@@ -157,7 +159,12 @@ class SleepConfig(Settings, PreTrainedConfig):
         if isinstance(self.fast_weights, FastWeightConfig):
             output["fast_weights"] = self.fast_weights.to_dict()
         output["requires"] = "pip install sleepify, then `import sleepify` before AutoModelForCausalLM.from_pretrained"
+        output["auto_map"] = dict(AUTO_MAP)
         return output
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoConfig") -> None:
+        """What transformers calls for a class from a checkpoint's file; of this one it shall copy nothing."""
 
 
 def _nested(values: dict[str, Any]) -> PreTrainedConfig:

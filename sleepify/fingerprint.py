@@ -20,7 +20,11 @@ def fingerprint(model: nn.Module) -> str | None:
     for name, parameter in sorted(model.named_parameters()):
         if parameter.device.type == "meta" or hasattr(parameter, "ds_id"):
             return None
-        flat = parameter.detach().reshape(-1)
+        values = parameter.detach()
+        if type(values) is not torch.Tensor and type(values) is not nn.Parameter and hasattr(values, "dequantize"):
+            # Of torchao, whose tensors know few operations.
+            values = values.dequantize()
+        flat = values.reshape(-1)
         sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].to(torch.bfloat16).view(torch.int16)
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         digest.update(sample.cpu().numpy().tobytes())

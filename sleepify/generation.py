@@ -165,8 +165,6 @@ class SleepGeneration(GenerationMixin):
     ) -> Any:
         """transformers' loop; rows that have ended are not read on with what fills their places."""
         ended = Ended(stopping_criteria)
-        # Stop strings have been made of it; the loop would hand it on to `forward`.
-        kwargs.pop("tokenizer", None)
         loop: Any = super()._sample  # type: ignore[misc]
         output = loop(input_ids, logits_processor, ended, *args, ended=ended, **kwargs)
         cache = kwargs.get("past_key_values")

@@ -35,7 +35,10 @@ _INCIDENTAL = {
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file of this name may be taken for the weights of a checkpoint."""
+    """Whether a file of this name may be taken for the weights of a checkpoint.
+
+    Only these have digests. The loader file is no matter of trust in them: who lets it run has run it before.
+    """
     return ".safetensors" in name and name.startswith(("model", "shard-", "fast_weights"))
 
 

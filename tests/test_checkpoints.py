@@ -71,7 +71,9 @@ def test_inserted_weights_alone_find_their_base(base_dir, tmp_path):
     model = sleeping(AutoModelForCausalLM.from_pretrained(base_dir))
     model.save_pretrained(tmp_path / "small", fast_weights_only=True)
     files = {path.name for path in (tmp_path / "small").iterdir()}
-    assert files == {"config.json", "fast_weights.safetensors", "README.md", "sleep_manifest.json"}
+    assert files == {
+        *("config.json", "fast_weights.safetensors", "README.md", "sleep_manifest.json", "modeling_sleepify.py")
+    }
     config = json.loads((tmp_path / "small" / "config.json").read_text())
     assert config["model_type"] == "sleepify" and config["base_model_name_or_path"] == str(base_dir)
     assert len(config["base_fingerprint"]) == 64 and "pip install sleepify" in config["requires"]
@@ -252,7 +254,9 @@ def test_push_to_hub_uploads_what_save_writes(base_dir, monkeypatch):
     monkeypatch.setattr(checkpoints, "HfApi", Api)
     model = sleeping(AutoModelForCausalLM.from_pretrained(base_dir))
     assert model.push_to_hub("ouro-sleep", fast_weights_only=True, token="t", revision="main") == "commit"
-    assert calls["files"] == {"config.json", "fast_weights.safetensors", "README.md", "sleep_manifest.json"}
+    assert calls["files"] == {
+        *("config.json", "fast_weights.safetensors", "README.md", "sleep_manifest.json", "modeling_sleepify.py")
+    }
     assert calls["repo"] == "me/ouro-sleep"
     # Weights that lie there and would be found in the place of these.
     assert {"model*.safetensors", "fast_weights.safetensors"} <= set(calls["delete_patterns"])

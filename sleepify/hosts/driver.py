@@ -269,7 +269,9 @@ class Host:
 
     def normed(self, hidden_states: Tensor) -> Tensor:
         """Final norm, in the precision of the head that reads it; [..., D] to [..., D]."""
-        return self.norm(hidden_states).to(self.language_model.get_output_embeddings().weight.dtype)
+        hidden_states, dtype = self.norm(hidden_states), self.language_model.get_output_embeddings().weight.dtype
+        # The weight of a quantized head is stored as whole numbers, and its input is what it is.
+        return hidden_states.to(dtype) if dtype.is_floating_point else hidden_states
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Final norm, head and what the family does to its logits; [..., D] to [..., V]."""
@@ -330,5 +332,8 @@ class Host:
 
 def _parameters(module: nn.Module) -> frozenset[str]:
     """Names of a module's forward parameters, with "*" if it takes any keyword."""
+    # What peft trains as a whole stands behind a module that hands everything on.
+    while "original_module" in module._modules:
+        module = module.get_submodule("original_module")
     parameters = inspect.signature(type(module).forward).parameters.values()
     return frozenset("*" if p.kind is inspect.Parameter.VAR_KEYWORD else p.name for p in parameters)

@@ -53,7 +53,8 @@ def verify(host: Host) -> None:
         ) from error
     finally:
         language_model.train(was_training)
-    is_wide = weight.dtype in (torch.float32, torch.float64)
+    # Layers with whole numbers round their inputs, by scales that depend on what else is in the batch.
+    is_wide = weight.dtype in (torch.float32, torch.float64) and not getattr(language_model, "is_quantized", False)
     largest = expected.abs().max().clamp_min(1e-6)
     found = {
         "read at once": ((whole - expected).norm() / expected.norm().clamp_min(1e-6), _WHOLE[is_wide]),

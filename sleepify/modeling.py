@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,8 +22,7 @@ from sleepify.defaults import LiveSettings, resolve
 from sleepify.fast_weights import LAYERS, FastWeightLayer
 from sleepify.generation import SleepGeneration
 from sleepify.hosts import Host, host_class
-from sleepify.loss import check_count, summed_cross_entropy
-from sleepify.memory import Memory
+from sleepify.loss import Asked, Objective, check_count, cross_entropy
 from sleepify.precision import cast_per_use
 from sleepify.rows import Rows
 from sleepify.schedule import Schedule, Sleep, schedule
@@ -80,7 +79,9 @@ class SleepForCausalLM(SleepGeneration, SleepCheckpoint, GenerationMixin):  # tr
         self._recompute: bool | None = None
         self._settings = LiveSettings(config.fast_weights)
         self._host: tuple[Any, Host | None] = (None, None)
-        self.watch: Callable[[Sleep, Memory], None] | None = None
+        self.watch: algorithm.Watch | None = None
+        self.branch: algorithm.Branch | None = None
+        self.objective: Objective = cross_entropy
         # What a saved session must agree with, wherever and in whatever precision the model was loaded.
         base = {name: value for name, value in config.text_config.to_dict().items() if name not in _INCIDENTAL}
         described = [base, config.fast_weights.to_dict(), config.base_fingerprint]
@@ -284,7 +285,7 @@ class SleepForCausalLM(SleepGeneration, SleepCheckpoint, GenerationMixin):  # tr
         # Where each pass is recomputed by itself, a cast per pass takes no more memory than one for all.
         with cast_per_use(settings.checkpoint == "loop"):
             session, pieces = algorithm.read(
-                blocks, session, tokens.ids, plan.rounds, settings, keep=use_cache, watch=self.watch
+                blocks, session, tokens.ids, plan.rounds, settings, use_cache, self.watch, self.branch
             )
         loss, logits = self._predict(blocks, pieces, plan, tokens, num_items_in_batch, whole=awake is not None)
         if use_cache and cache is not None:
@@ -336,8 +337,9 @@ class SleepForCausalLM(SleepGeneration, SleepCheckpoint, GenerationMixin):  # tr
         loss = None
         if tokens.labels is not None:
             targets, count = tokens.targets(plan.rows, plan.columns)
-            total = summed_cross_entropy(blocks.logits, hidden, targets, scores, whole)
-            loss = total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items or max(1, count))
+            divisor = max(1, count) if num_items is None else num_items
+            places = (plan.rows, plan.columns)
+            loss = self.objective(Asked(blocks, tokens, *places, hidden, targets, divisor, scores, whole))
         return loss, None if scores is None else tokens.spread(scores, plan.rows, plan.columns)
 
     def sleep(

@@ -38,7 +38,8 @@ EDGES: dict[str, set[str]] = {
     "fingerprint": set(),
     "session_file": {"errors", "files", "memory", "snapshot"},
     "cache": {"memory", "errors", "session_file", "snapshot"},
-    "sleep": {"memory", "errors", "schedule", "settings", "snapshot"},
+    "recompute": {"memory", "settings", "snapshot"},
+    "sleep": {"memory", "errors", "recompute", "schedule", "settings", "snapshot"},
     "generation": {"cache"},
     "loss": {"rows"},
     "hosts": {"errors", "memory"},
@@ -50,7 +51,7 @@ EDGES: dict[str, set[str]] = {
     "precision": set(),
     "manifest": {"config", "errors", "files"},
     "modeling": {
-        *("cache", "checkpoints", "config", "defaults", "fast_weights", "generation", "hosts", "loss", "memory"),
+        *("cache", "checkpoints", "config", "defaults", "fast_weights", "generation", "hosts", "loss"),
         *("precision", "rows", "schedule", "settings", "sleep", "snapshot"),
     },
     "checkpoints": {"card", "config", "errors", "files", "fingerprint", "manifest"},

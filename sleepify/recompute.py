@@ -1,0 +1,25 @@
+"""Activations that are dropped, and made again in the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from sleepify.memory import Memory
+from sleepify.settings import Settings
+from sleepify.snapshot import Window
+
+T_ = TypeVar("T_")
+
+
+def recompute(settings: Settings, level: str, function: Callable[..., T_], *arguments: Any) -> T_:
+    """Call, and drop the activations to recompute them in the backward pass if that is to be done at this level."""
+    if settings.checkpoint != level or not torch.is_grad_enabled():
+        return function(*arguments)
+    # Which devices' random state is to be the same the second time, checkpoint finds out from the tensors it is shown.
+    values = [each for each in arguments if isinstance(each, (Memory, Window))]
+    shown = {tensor.device: tensor for each in values for tensor in each.tensors()}
+    return checkpoint(lambda _: function(*arguments), list(shown.values()), use_reentrant=False)

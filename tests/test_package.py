@@ -57,8 +57,8 @@ EDGES: dict[str, set[str]] = {
     "checkpoints": {"card", "config", "errors", "files", "fingerprint", "manifest"},
     "retrofit": {"config", "defaults", "fingerprint", "hosts", "modeling", "settings"},
     "training": {
-        *("config", "defaults", "errors", "fast_weights", "files", "manifest", "memory", "modeling", "retrofit"),
-        *("schedule", "settings", "tasks"),
+        *("config", "defaults", "errors", "fast_weights", "files", "hosts", "loss", "manifest", "memory", "modeling"),
+        *("recompute", "retrofit", "schedule", "settings", "sleep", "snapshot", "tasks"),
     },
     "__init__": {"cache", "config", "errors", "modeling", "models", "retrofit", "version"},
     "__main__": {"hosts", "ops", "version"},

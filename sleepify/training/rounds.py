@@ -60,7 +60,7 @@ def equalise(batch: dict[str, Any], window_size: int, truncated: bool) -> dict[s
     A collective: every rank calls it with its own batch.
 
     Args:
-        batch: ``input_ids``, ``labels``, and ``attention_mask`` if rows are padded, [B, T] each.
+        batch: ``input_ids``, ``labels``, ``attention_mask`` if rows are padded, and what else there is of [B, T].
         window_size: L.
         truncated: whether gradient flows through the last sleeps of a row only, so that rows that end in different
             rounds sleep in different groups.
@@ -68,11 +68,12 @@ def equalise(batch: dict[str, Any], window_size: int, truncated: bool) -> dict[s
     Returns:
         The batch right-padded, with ``awake``, and with more rows where something was missing.
     """
-    ids, labels = batch["input_ids"], batch["labels"]
+    ids = batch["input_ids"]
     mask = batch.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
     order = mask.argsort(dim=1, descending=True, stable=True)
-    rows = {name: t.gather(1, order) for name, t in (("input_ids", ids), ("labels", labels), ("attention_mask", mask))}
+    given = {name: t for name, t in batch.items() if isinstance(t, torch.Tensor) and t.shape == ids.shape}
+    rows = {name: t.gather(1, order) for name, t in (given | {"attention_mask": mask}).items()}
     labelled, real = torch.stack([rows["labels"] != IGNORE, rows["attention_mask"].bool()]).cpu().numpy()
     mine = Calls.of(labelled, real, window_size)
 
@@ -89,7 +90,8 @@ def equalise(batch: dict[str, Any], window_size: int, truncated: bool) -> dict[s
     ends = [*mine.ends.tolist(), *extra]
     lengths = [end * window_size + 1 for end in extra]
     width = max([ids.shape[1], *lengths])
-    padded = {name: _grow(t, width, len(extra), IGNORE if name == "labels" else 0) for name, t in rows.items()}
+    fills = {"input_ids": 0, "attention_mask": 0}
+    padded = {name: _grow(t, width, len(extra), fills.get(name, IGNORE)) for name, t in rows.items()}
     awake = np.zeros((len(ends), width), dtype=bool)
     for row, length in enumerate(lengths, start=len(ids)):
         padded["attention_mask"][row, :length] = 1

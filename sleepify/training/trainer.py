@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from random import Random
 from types import FrameType
@@ -34,6 +34,7 @@ from sleepify.modeling import SleepForCausalLM
 from sleepify.training.arguments import SleepTrainingArguments
 from sleepify.training.data import SleepCollator, TaskDataset
 from sleepify.training.norms import state_norms
+from sleepify.training.objectives import SUPERVISED, Criterion, objectives_of, sleeping_model
 from sleepify.training.optim import build_deepspeed_optimizer, build_optimizer, idle_layers
 from sleepify.training.rounds import equalise
 from sleepify.training.runs import describe_run, read_manifest, remove_drafts, whole_or_not_at_all, write_manifest
@@ -56,6 +57,8 @@ class SleepTrainer(Trainer):
     Args:
         model: the model.
         args: `SleepTrainingArguments`.
+        criterion: a loss of one's own in the place of cross entropy: a function of logits [m, V] and targets [m], -100
+            where there is none, that returns their sum. It is called for some places at a time.
         kwargs: those of ``transformers.Trainer``. The collator defaults to `SleepCollator` with the pad token of
             ``processing_class``. A `TaskDataset` is read in its order.
 
@@ -64,12 +67,18 @@ class SleepTrainer(Trainer):
 
     Raises:
         TypeError: for arguments of another class.
-        ValueError: if no pad token is known, or ``train_only`` does not fit the model.
+        ValueError: if no pad token is known, or ``train_only`` or a loss does not fit the model.
     """
 
     args: SleepTrainingArguments
 
-    def __init__(self, model: PreTrainedModel, args: SleepTrainingArguments, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: SleepTrainingArguments,
+        criterion: Criterion | None = None,
+        **kwargs: Any,
+    ) -> None:
         if not isinstance(args, SleepTrainingArguments):
             raise TypeError(f"expected args to be SleepTrainingArguments, got {type(args).__name__}")
         args.settle_optimizer()
@@ -108,7 +117,9 @@ class SleepTrainer(Trainer):
         if self._sleeps and args.torch_compile:
             # Layer by layer; Accelerate would wrap the whole model, whose loop over windows is no graph.
             self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
-            _sleeping(model).compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+            sleeping_model(model).compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+        self._objectives = objectives_of(args, model, criterion)
+        self._counts: Tensor | None = None
         self._run = describe_run(model, args, self.train_dataset)
         self._progress: dict[str, Any] = {}
         self.add_callback(_RestoreProgress(self))
@@ -148,6 +159,16 @@ class SleepTrainer(Trainer):
 
     # --- one step --------------------------------------------------------------------------------------------------
 
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        items = super()._get_num_items_in_batch(batch_samples, device)
+        if self._objectives is None or not batch_samples:
+            return items
+        self._counts = self._objectives.count(batch_samples).to(device)
+        if self.args.world_size > 1 and self.args.average_tokens_across_devices:
+            self._counts = self.accelerator.reduce(self._counts, "sum")
+        # The losses divide by these; to the Trainer it matters only that something was counted.
+        return self._counts.sum().clamp(min=1)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -161,15 +182,22 @@ class SleepTrainer(Trainer):
             inputs["n_loops"] = loops_of_step(self.args.loops_schedule, self.args.seed, self.state.global_step)
         if model.training:
             self._loops_since_log.append(inputs.get("n_loops") or self._run["n_loops"] or 1)
+        objectives = self._objectives if model.training else None
+        counts = self._counts
+        if objectives is not None:
+            inputs = objectives.prepare(inputs)
+            counts = objectives.count([inputs]) if num_items_in_batch is None or counts is None else counts
         sharded = (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self.args.world_size > 1
         if self._sleeps and sharded and "labels" in inputs:
             config = self._config
             inputs = equalise(inputs, config.window_size, config.backprop_windows is not None)
-        if model.training and self._sleeps and self._logs_after_this_step():
-            with state_norms(_sleeping(model)) as self._state_norms:
-                loss: Any = super().compute_loss(model, inputs, False, num_items_in_batch)
-        else:
-            loss = super().compute_loss(model, inputs, False, num_items_in_batch)
+        with ExitStack() as stack:
+            if model.training and self._sleeps and self._logs_after_this_step():
+                self._state_norms = stack.enter_context(state_norms(sleeping_model(model)))
+            if objectives is not None and counts is not None:
+                number, last = self.state.global_step, max(1, self.state.max_steps)
+                stack.enter_context(objectives.on(counts, inputs.pop(SUPERVISED, None), number, number / last))
+            loss: Any = super().compute_loss(model, inputs, False, num_items_in_batch)
         # Rows that were added are nobody's predictions.
         return (loss, CausalLMOutputWithPast(loss=loss)) if return_outputs else loss
 
@@ -370,8 +398,3 @@ class _RestoreProgress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer.restore_progress()
-
-
-def _sleeping(model: nn.Module) -> SleepForCausalLM:
-    """The model itself, or what peft has put itself around."""
-    return next(module for module in model.modules() if isinstance(module, SleepForCausalLM))

@@ -38,6 +38,7 @@ from sleepify.training.objectives import SUPERVISED, Criterion, objectives_of, s
 from sleepify.training.optim import build_deepspeed_optimizer, build_optimizer, idle_layers
 from sleepify.training.rounds import equalise
 from sleepify.training.runs import describe_run, read_manifest, remove_drafts, whole_or_not_at_all, write_manifest
+from sleepify.training.text_data import TextRows
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +142,8 @@ class SleepTrainer(Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if isinstance(dataset, TaskDataset):
             return SequentialSampler(dataset)
+        if isinstance(dataset, TextRows) and self.args.train_sampling_strategy == "group_by_length":
+            return dataset.sampler(self.args.train_batch_size * self.args.gradient_accumulation_steps)
         return super()._get_train_sampler(train_dataset)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

@@ -1,6 +1,6 @@
 """Fine-tune a model on data of one's own: a name on the Hub, a folder, or a JSONL, Parquet or text file.
 
-accelerate launch recipes/sft.py --model Qwen/Qwen3-0.6B --dataset notes.jsonl --window_size 512 --output_dir outputs/sft
+accelerate launch recipes/sft.py recipes/configs/sft_tiny.yaml --dataset notes.jsonl --output_dir outputs/notes
 """
 
 from sleepify.training.recipe import run

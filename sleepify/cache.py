@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 from sleepify.errors import CacheMismatchError
 from sleepify.memory import LayerKey, LayerState, Memory
 from sleepify.session_file import read_session, write_session
+from sleepify.settings import check_positive, is_whole
 from sleepify.snapshot import Snapshot, extend
 
 
@@ -186,6 +187,8 @@ class SleepCache(Cache):
 
     def crop(self, max_length: int) -> None:
         """Keep the first ``max_length`` columns, or all but the last ``-max_length``; see `rewind`."""
+        if not is_whole(max_length):
+            raise ValueError(f"expected max_length to be a whole number, got {max_length!r}")
         self.rewind(-max_length if max_length < 0 else max(0, self.get_seq_length() - max_length))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -194,6 +197,7 @@ class SleepCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row ``repeats`` times in a row."""
+        check_positive("repeats", repeats)
         self.batch_select_indices([row for row in range(len(self.seen)) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
@@ -205,13 +209,15 @@ class SleepCache(Cache):
         Raises:
             ValueError: for rows that there are not.
         """
+        chosen = indices.tolist() if isinstance(indices, Tensor) else indices
+        if not isinstance(chosen, (list, tuple, range)) or not all(isinstance(row, int) for row in chosen):
+            raise ValueError(f"expected row numbers, or one boolean per row, got {indices!r}")
         if self.now is None:
             return
         batch = self.now.batch_size
-        chosen: list[Any] = indices.tolist() if isinstance(indices, Tensor) else [*indices]
-        if all(isinstance(row, bool) for row in chosen) and len(chosen) == batch:
+        if chosen and len(chosen) == batch and all(isinstance(row, bool) for row in chosen):
             chosen = [row for row, taken in enumerate(chosen) if taken]
-        if not chosen or any(isinstance(row, bool) or not isinstance(row, int) for row in chosen):
+        if not chosen or not all(is_whole(row) for row in chosen):
             raise ValueError(f"expected row numbers, or {batch} booleans of which one is true, got {indices!r}")
         if any(not -batch <= row < batch for row in chosen):
             raise ValueError(f"expected rows from 0 to {batch - 1}, got {chosen}")
@@ -233,11 +239,11 @@ class SleepCache(Cache):
         Raises:
             ValueError: for more tokens than are awake: what was slept on is in the state for good.
         """
-        counts = [n] * len(self.seen) if isinstance(n, int) else list(n)
-        if any(isinstance(count, bool) or not isinstance(count, int) or count < 0 for count in counts):
-            raise ValueError(f"expected how many tokens to take back, 0 or more, got {n!r}")
+        counts: Any = [n] * max(1, len(self.seen)) if is_whole(n) else n
+        if not isinstance(counts, (list, tuple)) or not all(is_whole(count) and count >= 0 for count in counts):
+            raise ValueError(f"expected how many tokens to take back, 0 or more, or one number per row, got {n!r}")
         if self.now is None:
-            if any(counts) or n:
+            if any(counts):
                 raise ValueError(f"expected to take back at most 0 tokens of an empty session, got {n!r}")
             return
         if len(counts) != self.now.batch_size:
@@ -251,6 +257,8 @@ class SleepCache(Cache):
         Raises:
             CacheMismatchError: for sessions of different models, or none that has read something.
         """
+        if not isinstance(caches, (list, tuple)) or not all(isinstance(cache, SleepCache) for cache in caches):
+            raise TypeError(f"expected a list of SleepCache, got {caches!r}")
         parts = [cache.now for cache in caches if cache.now is not None]
         if not parts or len(parts) != len(caches) or len({part.owner for part in parts}) != 1:
             owners = [cache.owner for cache in caches]

@@ -99,6 +99,8 @@ class SleepConfig(Settings, PreTrainedConfig):
     is_composition: ClassVar[bool] = True
 
     text_config: Any = None
+    # None until the base is known.
+    window_size: int | None = None
     fast_weights: Any = None
     fast_weights_only: bool = False
     base_model_name_or_path: str | None = None

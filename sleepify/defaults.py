@@ -67,12 +67,12 @@ class LiveSettings:
         """
         values = [getattr(config, name) for name in SETTINGS]
         raw = tuple(tuple(value) if isinstance(value, list) else value for value in values) + (recompute,)
+        if config.fast_weights != self.inserted:
+            raise ValueError(
+                f"expected config.fast_weights as they were inserted, {self.inserted}, got {config.fast_weights}; "
+                "layers cannot be changed in place: unload() and sleepify() again"
+            )
         if self._settings is None or raw != self._raw or list(map(type, raw)) != list(map(type, self._raw)):
-            if config.fast_weights != self.inserted:
-                raise ValueError(
-                    f"expected config.fast_weights as they were inserted, {self.inserted}, got {config.fast_weights}; "
-                    "layers cannot be changed in place: unload() and sleepify() again"
-                )
             whole: Any = resolve(config)
             settings = Settings(**{name: getattr(whole, name) for name in SETTINGS})
             settings.loop_range = tuple(whole.loop_range)

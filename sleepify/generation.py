@@ -57,6 +57,10 @@ class SleepGeneration(GenerationMixin):
         """
         cache = kwargs.get("past_key_values")
         before = cache.now if isinstance(cache, SleepCache) else None
+        given = {"inputs": args[0] if args else kwargs.get("inputs"), "attention_mask": kwargs.get("attention_mask")}
+        for name, value in (given | {"input_ids": kwargs.get("input_ids")}).items():
+            if value is not None and not isinstance(value, Tensor):
+                raise TypeError(f"expected {name} to be a tensor [batch, tokens], got {type(value).__name__}")
         try:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
         except BaseException:
@@ -83,15 +87,20 @@ class SleepGeneration(GenerationMixin):
         """Read what of the prompt the session has not read; in one call, which goes window by window itself."""
         arguments = dict(model_kwargs)
         cache, only_new = arguments.get("past_key_values"), arguments.pop("new_tokens", False)
-        if cache is not None and cache.now is not None:
+        if cache is not None:
             mask = arguments.get("attention_mask")
             mask = torch.ones_like(input_ids) if mask is None else mask[:, -input_ids.shape[1] :]
-            if not only_new:
+            if cache.now is not None and not only_new:
                 rows = cache.unread(input_ids, mask.bool())
                 input_ids, mask = left_padded(rows)
                 # It is among what was handed over.
                 cache.now = replace(cache.now, pending=())
             arguments["attention_mask"] = mask
+            if idle := (mask.sum(1) == 0).nonzero()[:, 0].tolist():
+                raise ValueError(
+                    f"expected at least one new token in every row to go on from, rows {idle} have none; "
+                    "leave them out with cache.batch_select_indices"
+                )
         inputs = self.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **arguments)
         model: Any = self
         return model(**inputs, return_dict=True)

@@ -26,7 +26,7 @@ from sleepify.loss import Asked, Objective, check_count, cross_entropy
 from sleepify.precision import cast_per_use
 from sleepify.rows import Rows
 from sleepify.schedule import Schedule, Sleep, schedule
-from sleepify.settings import Settings, check_positive
+from sleepify.settings import Settings, check_positive, is_whole
 from sleepify.snapshot import Snapshot
 
 _INCIDENTAL = {"dtype", "torch_dtype", "architectures", "transformers_version", "_name_or_path", "use_cache"}
@@ -363,11 +363,10 @@ class SleepForCausalLM(SleepGeneration, SleepCheckpoint, GenerationMixin):  # tr
         settings, blocks = self.options(n_loops), self.blocks
         batch = past_key_values.get_batch_size()
         session = past_key_values.begin(self._owner(), batch, settings.window_size, past_key_values.now.open_ids.device)
-        chosen = list(range(batch)) if rows is None else list(rows)
-        if len(set(chosen)) != len(chosen) or any(
-            isinstance(row, bool) or not isinstance(row, int) or not 0 <= row < batch for row in chosen
-        ):
-            raise ValueError(f"expected different rows from 0 to {batch - 1}, got {chosen}")
+        chosen = range(batch) if rows is None else rows
+        listed = isinstance(chosen, (list, tuple, range)) and all(is_whole(row) and 0 <= row < batch for row in chosen)
+        if not listed or len(set(chosen)) != len(chosen):
+            raise ValueError(f"expected a list of different rows from 0 to {batch - 1}, got {rows!r}")
         if any(len(session.pending[row]) for row in chosen if session.pending):
             session = self._read_pending(blocks, session, settings)
         awake: dict[int, list[int]] = {}

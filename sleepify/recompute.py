@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sleepify.memory import Memory
@@ -13,6 +14,7 @@ from sleepify.settings import Settings
 from sleepify.snapshot import Window
 
 T_ = TypeVar("T_")
+_HOLDERS = (Tensor, Memory, Window)
 
 
 def recompute(settings: Settings, level: str, function: Callable[..., T_], *arguments: Any) -> T_:
@@ -20,6 +22,6 @@ def recompute(settings: Settings, level: str, function: Callable[..., T_], *argu
     if settings.checkpoint != level or not torch.is_grad_enabled():
         return function(*arguments)
     # Which devices' random state is to be the same the second time, checkpoint finds out from the tensors it is shown.
-    values = [each for each in arguments if isinstance(each, (Memory, Window))]
-    shown = {tensor.device: tensor for each in values for tensor in each.tensors()}
+    held = [[each] if isinstance(each, Tensor) else each.tensors() for each in arguments if isinstance(each, _HOLDERS)]
+    shown = {tensor.device: tensor for tensors in held for tensor in tensors}
     return checkpoint(lambda _: function(*arguments), list(shown.values()), use_reentrant=False)

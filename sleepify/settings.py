@@ -41,7 +41,7 @@ class Settings:
                 raise ValueError(f"expected {name} to be true or false, got {getattr(self, name)!r}")
         if self.loop_range is not None:
             bounds = list(self.loop_range) if isinstance(self.loop_range, (list, tuple)) else []
-            if len(bounds) != 2 or not all(_is_whole(b) for b in bounds) or not 0 <= bounds[0] < bounds[1]:
+            if len(bounds) != 2 or not all(is_whole(b) for b in bounds) or not 0 <= bounds[0] < bounds[1]:
                 raise ValueError(f"expected loop_range=(start, stop) with 0 <= start < stop, got {self.loop_range!r}")
 
     @property
@@ -69,10 +69,11 @@ def check_positive(name: str, value: Any) -> int:
     Raises:
         ValueError: if not, naming the field.
     """
-    if not _is_whole(value) or value < 1:
+    if not is_whole(value) or value < 1:
         raise ValueError(f"expected {name} to be a whole number of at least 1, got {value!r}")
     return value
 
 
-def _is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool)

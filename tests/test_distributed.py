@@ -26,7 +26,10 @@ from sleepify.training.optim import build_deepspeed_optimizer
 
 FSDP = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer", "FastWeightLayer"]}}
 AUTO = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-ADAMW, MUON = {"optimizer": "adamw"}, {"optimizer": "muon", "max_grad_norm": 0.0}
+# By itself AdamW makes a whole step of a gradient that is nothing but rounding (1e-8 here), but of none far below its
+# epsilon.
+ADAMW = {"optimizer": "adamw", "adam_epsilon": 1e-5}
+MUON = {"optimizer": "muon", "max_grad_norm": 0.0}
 FROZEN = {"train_only": "fast_weights"}
 MIXED = ADAMW | {
     "accumulation": 2,

@@ -205,3 +205,41 @@ def test_gradient_crosses_windows_through_the_recurrent_layers_of_transformers(f
             weight -= sign * step * first
     assert_close(slope, (ends[0] - ends[1]) / (2 * step), QUOTIENT, family)
     assert slope.abs() > 1e-4
+
+
+@pytest.mark.parametrize("level", ["window", "loop"])
+@pytest.mark.parametrize("offload", [False, True])
+def test_recomputation_is_shown_the_tensors_whose_device_has_random_state(level, offload):
+    """torch keeps the generators of the devices on which it sees tensors; dropout must be the same the second time."""
+    model = sleeping(checkpoint=level, offload=offload)
+    seen = []
+    infer = torch.utils.checkpoint._infer_device_type
+
+    def note(*arguments):
+        leaves = torch.utils._pytree.tree_leaves(arguments)
+        seen.append([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
+        return infer(*arguments)
+
+    with patch.object(torch.utils.checkpoint, "_infer_device_type", note):
+        model(**batch()).loss.backward()
+    assert len(seen) > 4 and all(tensors for tensors in seen)
+
+
+def test_trainers_are_told_that_activations_are_recomputed():
+    """transformers before and from 5.23 ask by different names; without an answer DDP looks for unused parameters."""
+    model = sleeping()
+    for asked in (True, False):
+        model.gradient_checkpointing_enable() if asked else model.gradient_checkpointing_disable()
+        assert model.is_gradient_checkpointing is model.is_activation_checkpointing is asked
+
+
+def test_what_no_pass_uses_is_left_out_of_training_and_comes_back():
+    """DDP does not look for unused parameters then: one that never has a gradient would be an error."""
+    base = tiny_base("ouro")
+    model = sleepify(base, n_loops=2, window_size=4)
+    model.freeze_base(False)
+    loss = model.train()(tokens(2, 11), labels=tokens(2, 11)).loss
+    loss.backward()
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == [] and not base.model.early_exit_gate.weight.requires_grad
+    assert all(p.requires_grad for p in model.unload().parameters())

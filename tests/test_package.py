@@ -37,7 +37,7 @@ EDGES: dict[str, set[str]] = {
     "files": {"errors"},
     "fingerprint": set(),
     "session_file": {"errors", "files", "memory", "snapshot"},
-    "cache": {"memory", "errors", "session_file", "snapshot"},
+    "cache": {"errors", "memory", "session_file", "settings", "snapshot"},
     "recompute": {"memory", "settings", "snapshot"},
     "sleep": {"memory", "errors", "recompute", "schedule", "settings", "snapshot"},
     "generation": {"cache"},

@@ -48,7 +48,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
-        if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         if x.dtype == self.weight.dtype:
             return F.linear(x, self.weight, self.bias)

@@ -15,6 +15,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 
 from sleepify.config import FastWeightConfig, SleepConfig
 from sleepify.retrofit import KEYWORDS
+from sleepify.settings import Settings
 
 INSERTED = "fast_weights"
 PREFIX = f"{INSERTED}_"
@@ -47,7 +48,8 @@ def argument_type(annotation: Any) -> Any:
 def _derived() -> Iterator[tuple[str, Any, str]]:
     """(name, type, help) of every field."""
     help_texts = documented(SleepConfig)
-    for name, annotation in inspect.get_annotations(SleepConfig, eval_str=True).items():
+    annotations = [inspect.get_annotations(kind, eval_str=True) for kind in (Settings, SleepConfig)]
+    for name, annotation in (annotations[0] | annotations[1]).items():
         if name in KEYWORDS - ELSEWHERE:
             yield name, argument_type(annotation), help_texts.get(name, "")
     help_texts = documented(FastWeightConfig)

@@ -19,7 +19,6 @@ from typing import Any
 from torch.utils.data import Dataset, IterableDataset
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from sleepify.tasks.base import IGNORE
 from sleepify.training.settings import json_object
 from sleepify.training.text_format import FORMATS, DatasetError, Encoder, recognise
 
@@ -281,14 +280,10 @@ def describe_windows(lengths: list[int], window_size: int) -> dict[str, float]:
 def windows_line(windows: dict[str, float], window_size: int, kind: str) -> str:
     """`describe_windows` in words, and what to do if no row fills a window."""
     line = (
-        f"{windows['rows']} rows of {kind}: {windows['min']:.1f} to {windows['max']:.1f} windows of "
-        f"{window_size} tokens (median {windows['median']:.1f}); {100 * windows['share_that_sleeps']:.0f}% of them sleep"
+        f"{windows['rows']} rows of {kind}: {windows['min']:.1f} to {windows['max']:.1f} windows "
+        f"of {window_size} tokens (median {windows['median']:.1f}), "
+        f"{100 * windows['share_that_sleeps']:.0f}% of them sleep"
     )
     if windows["share_that_sleeps"]:
         return line
     return f"{line}: no row fills a window, so that nothing is learnt about sleep; lower window_size, or join rows"
-
-
-def has_labels(row: dict[str, list[int]]) -> bool:
-    """Whether something of a row is predicted."""
-    return any(label != IGNORE for label in row["labels"][1:])

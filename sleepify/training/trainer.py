@@ -74,11 +74,7 @@ class SleepTrainer(Trainer):
     args: SleepTrainingArguments
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        args: SleepTrainingArguments,
-        criterion: Criterion | None = None,
-        **kwargs: Any,
+        self, model: PreTrainedModel, args: SleepTrainingArguments, criterion: Criterion | None = None, **kwargs: Any
     ) -> None:
         if not isinstance(args, SleepTrainingArguments):
             raise TypeError(f"expected args to be SleepTrainingArguments, got {type(args).__name__}")
@@ -112,9 +108,8 @@ class SleepTrainer(Trainer):
         self._loops_since_log: list[int] = []
         self._state_norms: dict[str, float] = {}
         self._config: Any = model.config
-        self._sleeps = isinstance(
-            model.config, SleepConfig
-        )  # a plain model, of a baseline, has no windows and no state
+        # A plain model, of a baseline, has no windows and no state.
+        self._sleeps = isinstance(model.config, SleepConfig)
         if self._sleeps and args.torch_compile:
             # Layer by layer; Accelerate would wrap the whole model, whose loop over windows is no graph.
             self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
@@ -169,8 +164,7 @@ class SleepTrainer(Trainer):
         self._counts = self._objectives.count(batch_samples).to(device)
         if self.args.world_size > 1 and self.args.average_tokens_across_devices:
             self._counts = self.accelerator.reduce(self._counts, "sum")
-        # The losses divide by these; to the Trainer it matters only that something was counted.
-        return self._counts.sum().clamp(min=1)
+        return self._counts.sum().clamp(min=1)  # to the Trainer it matters only that something was counted
 
     def compute_loss(
         self,

@@ -138,7 +138,7 @@ def _test(recipe: Recipe, model: Any, held_out: TextRows, window_size: int, pad_
     }
     results = evaluate_text(model, held_out, **options)
     if recipe.test.test_n_loops is not None:
-        results["by_n_loops"] = {n: evaluate_text(model, held_out, n_loops=n, **options) for n in _loops(recipe)}
+        results["by_n_loops"] = {str(n): evaluate_text(model, held_out, n_loops=n, **options) for n in _loops(recipe)}
     return results
 
 

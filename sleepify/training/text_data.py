@@ -54,7 +54,7 @@ class DatasetArguments:
         default="document", metadata={"help": "What is a row of a text file: document (all of it), paragraph or line."}
     )
     question_first: bool = field(
-        default=False, metadata={"help": "With question_answer: the question before the long text too."}
+        default=False, metadata={"help": "With question_answer: the question before the long text instead of after it."}
     )
     chat_template: str | None = field(
         default=None, metadata={"help": "For messages: a template, or a file with one; by default the tokenizer's."}
@@ -90,7 +90,7 @@ class TextRows(Dataset[dict[str, list[int]]]):
 
     def answer(self, index: int) -> list[int]:
         """Where the answer is, [start, stop); empty if there is none."""
-        return list(self.rows[index]["answer"])
+        return list(self.rows[index]["answer"] or [])
 
     def sampler(self, batch_size: int) -> LengthGroupedSampler:
         """Rows at random, those of similar length together."""
@@ -163,23 +163,20 @@ def load_text(
     if first is None:
         raise DatasetError(f"{arguments.dataset}: expected rows, got none")
     columns = list(raw.column_names or first)
+    train: TextRows | TextStream
     try:
         kind = recognise(columns, renamed, arguments.dataset_format)
-        encoder = Encoder(kind, tokenizer, renamed, arguments.question_first)
+        encoder = Encoder(kind, tokenizer, renamed, arguments.question_first, positions)
         encoder.check()
-        data = (_streamed if arguments.streaming else _tokenised)(arguments, raw, encoder, batch_size, seed)
-        looked_at = data[2]
-        for number, length in enumerate(looked_at):
-            if positions is not None and length > positions:
-                raise DatasetError(
-                    f"row {number}: expected at most {positions} tokens, the positions that the base supports, which "
-                    f"run on under sliding eviction; got {length}: set eviction=hard, or split the row"
-                )
+        if arguments.streaming:
+            train, held_out, lengths = _streamed(arguments, raw, encoder, batch_size)
+        else:
+            train, held_out, lengths = _tokenised(arguments, raw, encoder, seed)
     except DatasetError as error:
         raise DatasetError(f"{arguments.dataset}: {error}") from error
-    windows = describe_windows(looked_at, window_size)
+    windows = describe_windows(lengths, window_size)
     logger.warning("%s", windows_line(windows, window_size, kind))
-    return TextData(data[0], data[1], kind, windows)
+    return TextData(train, held_out, kind, windows)
 
 
 def read_dataset(arguments: DatasetArguments) -> Any:
@@ -217,7 +214,7 @@ def read_dataset(arguments: DatasetArguments) -> Any:
 
 
 def _tokenised(
-    arguments: DatasetArguments, raw: Any, encoder: Encoder, batch_size: int, seed: int
+    arguments: DatasetArguments, raw: Any, encoder: Encoder, seed: int
 ) -> tuple[TextRows, TextRows | None, list[int]]:
     rows = raw.map(encoder, with_indices=True, remove_columns=raw.column_names, desc="tokenise")
     lengths = list(rows["length"])
@@ -249,12 +246,14 @@ def _cut(rows: Any, share: float, kind: str) -> tuple[TextRows, TextRows]:
 
 
 def _streamed(
-    arguments: DatasetArguments, raw: Any, encoder: Encoder, batch_size: int, seed: int
+    arguments: DatasetArguments, raw: Any, encoder: Encoder, batch_size: int
 ) -> tuple[TextStream, TextRows | None, list[int]]:
     import datasets
 
     if 0 < arguments.held_out < 1:
-        raise DatasetError("expected held_out to be a number of rows of a stream, whose length nobody knows")
+        raise DatasetError(
+            "expected held_out to be a number of rows, since nobody knows how many a stream has; give held_out=100, or 0"
+        )
     kept = int(arguments.held_out)
     looked = [encoder(row, number) for number, row in enumerate(islice(raw, max(LOOKED_AT, kept + 1)))]
     if kept >= len(looked):

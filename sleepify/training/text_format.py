@@ -13,7 +13,7 @@ Every row is whole, however long: what a model forgets of it is for sleep to kee
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,13 +79,15 @@ class Encoder:
         format: of `FORMATS`.
         tokenizer: of transformers.
         columns: the names of the dataset's columns by ours.
-        question_first: the question before the context too, not after it alone.
+        question_first: the question before the context, not after it.
+        longest: tokens that a row may have; None for any number.
     """
 
     format: str
     tokenizer: Any
     columns: Mapping[str, str]
     question_first: bool = False
+    longest: int | None = None
 
     def check(self) -> None:
         """See that the tokenizer can write the format.
@@ -107,13 +109,18 @@ class Encoder:
         """``input_ids``, ``labels``, ``length`` and ``answer``, [start, stop) or empty.
 
         Raises:
-            DatasetError: for a value of another type, or an empty one.
+            DatasetError: for a value of another type, an empty one, or a row that is too long.
         """
         where = f"row {number}"
         values = {name: row.get(self.columns.get(name, name)) for name in FORMATS[self.format]}
         ids, labels, answer = getattr(self, f"_{self.format}")(*(values.values()), where)
         if not any(label != IGNORE for label in labels[1:]):
             raise DatasetError(f"{where}: expected at least one token to predict, got none; take the row out")
+        if self.longest is not None and len(ids) > self.longest:
+            raise DatasetError(
+                f"{where}: expected at most {self.longest} tokens, the positions that the base supports, got {len(ids)}: "
+                "split the row, or sleep with eviction=hard, where positions begin anew in every window"
+            )
         return {"input_ids": ids, "labels": labels, "length": len(ids), "answer": answer}
 
     # --- formats ---------------------------------------------------------------------------------------------------
@@ -132,8 +139,8 @@ class Encoder:
         self, context: Any, question: Any, answer: Any, where: str
     ) -> tuple[list[int], list[int], list[int]]:
         context, question = _text(context, "context", where), _text(question, "question", where)
-        before = f"{question}\n\n" if self.question_first else ""
-        return self._asked(f"{before}{context}\n\n{question}\n", _text(answer, "answer", where))
+        said = f"{question}\n\n{context}\n" if self.question_first else f"{context}\n\n{question}\n"
+        return self._asked(said, _text(answer, "answer", where))
 
     def _asked(self, before: str, answer: str) -> tuple[list[int], list[int], list[int]]:
         first, said, end = self._begin(before), self._encode(answer), self._end()
@@ -209,6 +216,3 @@ def _text(value: Any, name: str, where: str, may_be_empty: bool = False) -> str:
 def _short(value: Any) -> str:
     shown = repr(value)
     return f"{type(value).__name__} {shown if len(shown) < 60 else shown[:57] + '...'}"
-
-
-RowEncoder = Callable[[Mapping[str, Any], int], dict[str, Any]]

@@ -19,7 +19,6 @@ from typing import Any
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-
 _BESIDE = ("dataset", "chat_template")
 """Fields that may be a file's name."""
 

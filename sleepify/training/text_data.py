@@ -198,6 +198,8 @@ def read_dataset(arguments: DatasetArguments) -> Any:
     if path.is_file():
         if reader is None:
             raise DatasetError(f"expected a file of {', '.join(READERS)}, got {path}")
+        if not path.stat().st_size:
+            raise DatasetError(f"{path}: expected rows, got an empty file")
         names: tuple[str, ...] = (reader,)
         options |= {"data_files": {arguments.dataset_split: str(path)}}
         options |= {"sample_by": arguments.text_rows} if reader == "text" else {}
@@ -252,7 +254,7 @@ def _streamed(
 
     if 0 < arguments.held_out < 1:
         raise DatasetError(
-            "expected held_out to be a number of rows, since nobody knows how many a stream has; give held_out=100, or 0"
+            "expected held_out to be a number of rows, since a stream does not say how many it has; give held_out=100"
         )
     kept = int(arguments.held_out)
     looked = [encoder(row, number) for number, row in enumerate(islice(raw, max(LOOKED_AT, kept + 1)))]

@@ -118,8 +118,8 @@ class Encoder:
             raise DatasetError(f"{where}: expected at least one token to predict, got none; take the row out")
         if self.longest is not None and len(ids) > self.longest:
             raise DatasetError(
-                f"{where}: expected at most {self.longest} tokens, the positions that the base supports, got {len(ids)}: "
-                "split the row, or sleep with eviction=hard, where positions begin anew in every window"
+                f"{where}: expected at most {self.longest} tokens, the positions that the base supports, got "
+                f"{len(ids)}: split the row, or sleep with eviction=hard, where positions begin anew in every window"
             )
         return {"input_ids": ids, "labels": labels, "length": len(ids), "answer": answer}
 

@@ -104,7 +104,7 @@ def _reach(recipe: Recipe, tokenizer: Any) -> tuple[int, int | None]:
         changes: Any = arguments.model_config or {}
         config = AutoConfig.from_pretrained(str(arguments.model), revision=arguments.model_revision, **changes)
     base = config.text_config if isinstance(config, SleepConfig) else config
-    longest = getattr(base.get_text_config(), "max_position_embeddings", None)
+    longest: int | None = getattr(base.get_text_config(), "max_position_embeddings", None)
     if not recipe.sleep.sleep:
         return settings.get("window_size") or min(MAX_DEFAULT_WINDOW, longest or MAX_DEFAULT_WINDOW), longest
     if isinstance(config, SleepConfig):
@@ -113,7 +113,7 @@ def _reach(recipe: Recipe, tokenizer: Any) -> tuple[int, int | None]:
     else:
         config = SleepConfig(text_config=config, **settings)
     resolved = resolve(config)
-    return resolved.window_size, longest if resolved.sliding else None
+    return int(resolved.window_size or 0), longest if resolved.sliding else None
 
 
 def describe(recipe: Recipe, text: TextData, window_size: int) -> dict[str, Any]:

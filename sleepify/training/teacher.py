@@ -36,7 +36,7 @@ class Teacher:
             ValueError: for a model that sleeps, or one with another vocabulary.
         """
         like = next(student.parameters())
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=like.dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=like.dtype)
         if isinstance(model, SleepForCausalLM):
             raise ValueError(f"expected distill_teacher to be a base that keeps its context, got {name}, which sleeps")
         theirs, ours = model.config.get_text_config().vocab_size, student.config.text_config.vocab_size

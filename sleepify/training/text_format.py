@@ -197,8 +197,9 @@ class Encoder:
 
     def _begin(self, text: str) -> list[int]:
         bos = getattr(self.tokenizer, "bos_token_id", None)
-        starts = bos is not None and getattr(self.tokenizer, "add_bos_token", True)
-        return ([bos] if starts else []) + self._encode(text)
+        if bos is None or not getattr(self.tokenizer, "add_bos_token", True):
+            return self._encode(text)
+        return [int(bos), *self._encode(text)]
 
     def _end(self) -> list[int]:
         eos = getattr(self.tokenizer, "eos_token_id", None)

@@ -121,7 +121,8 @@ def test_a_loss_after_every_pass_is_its_formula(eviction, checkpoint):
 
 
 def test_a_loss_after_every_pass_of_a_base_that_closes_its_passes():
-    model = small.sleeping("ouro", window_size=WINDOW, n_loops=LOOPS, loop_range=(0, 3)).train()
+    options = {"eviction": "sliding", "loop_range": (0, 3)}
+    model = small.sleeping("ouro", window_size=WINDOW, n_loops=LOOPS, **options).train()
     whole, after, _, n_labels = passes_by_hand(model, batch())
     assert_same(loss_of(model, batch(), pass_loss="all"), (whole + sum(after) / len(after)) / n_labels, model)
 

@@ -319,3 +319,9 @@ def test_what_cannot_be_is_refused_by_name(fields, message, tmp_path):
 def test_a_base_that_does_not_sleep_has_no_other_losses(tmp_path):
     with pytest.raises(ValueError, match="a model that sleeps for pass_loss, got Qwen3ForCausalLM"):
         trained(tmp_path, tiny_base("qwen3", torch.float32), train_only=None, pass_loss="all")
+
+
+def test_other_losses_are_refused_under_zero3(tmp_path, monkeypatch):
+    monkeypatch.setattr("sleepify.training.objectives.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="DDP, FSDP or ZeRO-2 with pass_loss, got ZeRO-3"):
+        trained(tmp_path, pass_loss="all")

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sleepify.loss import PIECE, Asked
 from sleepify.memory import Memory
@@ -316,7 +317,7 @@ def objectives_of(
     """The losses that are asked for; None for the model's own.
 
     Raises:
-        ValueError: if they are asked of a model that does not sleep, or do not fit it.
+        ValueError: if they are asked of a model that does not sleep, do not fit it, or meet ZeRO-3.
     """
     given = arguments.objectives()
     if not given and criterion is None:
@@ -325,6 +326,12 @@ def objectives_of(
         asked = sorted(given) or ["criterion"]
         raise ValueError(
             f"expected a model that sleeps for {', '.join(asked)}, got {type(model).__name__}; leave them out"
+        )
+    if is_deepspeed_zero3_enabled():
+        # Measured: ranks come to differ in their calls of submodules, which ZeRO-3 alone looks at.
+        asked = sorted(given) or ["criterion"]
+        raise ValueError(
+            f"expected DDP, FSDP or ZeRO-2 with {', '.join(asked)}, got ZeRO-3; choose another launch file"
         )
     return Objectives(arguments, sleeping_model(model), arguments.seed, criterion)
 

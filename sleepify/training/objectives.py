@@ -267,7 +267,7 @@ class Objectives:
         settings, tokens, span = self.model.options(), asked.tokens, self._span()
         assert tokens.labelled is not None
         # Rows that were added for the sake of other ranks have no label.
-        counts: np.ndarray = tokens.labelled.any(axis=1, keepdims=True)[:, 0]
+        counts = np.asarray(tokens.labelled.any(axis=1))
         slept: dict[int, int] = {}
         hidden, targets = [], []
         for number, (each, after) in enumerate(step.slept):

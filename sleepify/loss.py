@@ -4,16 +4,54 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from sleepify.rows import IGNORE
+from sleepify.rows import IGNORE, Rows
 
 PIECE = 512
 """Places whose logits exist at a time."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The wanted places of one call, M in all, with what a loss is made of.
+
+    Attributes:
+        blocks: the model as the algorithm drives it; ``blocks.logits`` is its final norm and head.
+        tokens: the batch as its rows.
+        rows, columns: of each place among the aligned tokens, [M] each.
+        hidden: [M, D], before the final norm.
+        targets: [M], labels of the tokens that follow; -100 where there is none.
+        count: what to divide a summed loss by.
+        scores: logits [M, V] if they were made in any case.
+        whole: whether the head is to be called as often whatever the batch, once for all places.
+    """
+
+    blocks: Any
+    tokens: Rows
+    rows: np.ndarray
+    columns: np.ndarray
+    hidden: Tensor
+    targets: Tensor
+    count: int | Tensor
+    scores: Tensor | None
+    whole: bool
+
+
+Objective = Callable[[Asked], Tensor]
+
+
+def cross_entropy(asked: Asked) -> Tensor:
+    """The loss of a language model: what a call's labels cost on average."""
+    total = summed_cross_entropy(asked.blocks.logits, asked.hidden, asked.targets, asked.scores, asked.whole)
+    return total / (asked.count.to(total.device) if isinstance(asked.count, Tensor) else asked.count)
 
 
 def check_count(num_items: int | Tensor | None) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -24,15 +23,14 @@ from sleepify.fast_weights import LAYERS, FastWeightLayer
 from sleepify.generation import SleepGeneration
 from sleepify.hosts import Host, host_class
 from sleepify.keywords import refuse, refuse_unequal_ranks
-from sleepify.loss import check_count
-from sleepify.memory import Memory
+from sleepify.loss import Objective, check_count, cross_entropy
 from sleepify.on_demand import SleepOnDemand
 from sleepify.packing import Marks
 from sleepify.precision import cast_per_use
 from sleepify.reading import Reading
 from sleepify.recompute import SleepRecompute
 from sleepify.rows import NO_COLUMNS, Rows
-from sleepify.schedule import Sleep, schedule
+from sleepify.schedule import schedule
 from sleepify.settings import Settings, check_positive
 from sleepify.snapshot import Snapshot
 
@@ -87,7 +85,9 @@ class SleepForCausalLM(
         self._recompute = None
         self._settings = LiveSettings(config.fast_weights)
         self._host: tuple[Any, Host | None] = (None, None)
-        self.watch: Callable[[Sleep, Memory], None] | None = None
+        self.watch: algorithm.Watch | None = None
+        self.branch: algorithm.Branch | None = None
+        self.objective: Objective = cross_entropy
         # What a saved session must agree with, wherever and in whatever precision the model was loaded.
         base = {name: value for name, value in config.text_config.to_dict().items() if name not in _INCIDENTAL}
         described = [base, config.fast_weights.to_dict(), config.base_fingerprint]
@@ -311,14 +311,14 @@ class SleepForCausalLM(
         # Where each pass is recomputed by itself, a cast per pass takes no more memory than one for all.
         with cast_per_use(settings.checkpoint == "loop"):
             session, pieces = algorithm.read(
-                blocks, session, tokens.ids, plan.rounds, settings, keep=use_cache, watch=self.watch
+                blocks, session, tokens.ids, plan.rounds, settings, use_cache, self.watch, self.branch
             )
         after = None
         if use_cache:
             # What is read outside training is a constant: a session must not hold every graph since its beginning.
             after = session if self.training else session.map(Tensor.detach)
             after = replace(after, columns=after.columns + input_ids.shape[1])
-        return Reading(blocks, pieces, plan, tokens, cache, after, whole=awake is not None)
+        return Reading(blocks, pieces, plan, tokens, cache, after, self.objective, whole=awake is not None)
 
     def _take_in(
         self,

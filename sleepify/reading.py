@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sleepify.cache import SleepCache
 from sleepify.hosts import Host
-from sleepify.loss import summed_cross_entropy
+from sleepify.loss import Asked, Objective
 from sleepify.rows import Rows
 from sleepify.schedule import Schedule
 from sleepify.snapshot import Snapshot
@@ -28,6 +28,7 @@ class Reading:
         tokens: the batch as it was given.
         cache: the session.
         after: what becomes of it; None if none is kept.
+        objective: the loss.
         whole: whether the head is called once for all of them, and not in pieces.
     """
 
@@ -37,6 +38,7 @@ class Reading:
     tokens: Rows
     cache: SleepCache | None
     after: Snapshot | None
+    objective: Objective
     whole: bool
 
     def predict(self, num_items: int | Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -50,8 +52,9 @@ class Reading:
         loss = None
         if tokens.labels is not None:
             targets, count = tokens.targets(plan.rows, plan.columns)
-            total = summed_cross_entropy(blocks.logits, hidden, targets, scores, self.whole)
-            loss = total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items or max(1, count))
+            divisor = max(1, count) if num_items is None else num_items
+            places = (plan.rows, plan.columns)
+            loss = self.objective(Asked(blocks, tokens, *places, hidden, targets, divisor, scores, self.whole))
         return loss, None if scores is None else tokens.spread(scores, plan.rows, plan.columns)
 
     def last_hidden_state(self) -> Tensor:

@@ -20,12 +20,14 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Pass:
-    """One of the N passes of a sleep: layers [start, stop), with gradient or not, and whether another follows."""
+    """One of the N passes of a sleep: layers [start, stop), with gradient or not, whether it is the last, and whether
+    what it leaves is asked for (that of the last always is)."""
 
     start: int
     stop: int
     gradient: bool = True
     is_last: bool = False
+    ends: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,13 @@ class Passes:
         return sum(stop - start for start, stop in spans)
 
 
-def passes(n_loops: int, loop_range: tuple[int, int], last_writer: int, backprop_loops: int | None = None) -> Passes:
+def passes(
+    n_loops: int,
+    loop_range: tuple[int, int],
+    last_writer: int,
+    backprop_loops: int | None = None,
+    every: bool = False,
+) -> Passes:
     """The passes of one sleep.
 
     Args:
@@ -51,11 +59,12 @@ def passes(n_loops: int, loop_range: tuple[int, int], last_writer: int, backprop
         loop_range: layers [start, stop) that are looped.
         last_writer: layers from this one on write nothing that outlives the window, so the last pass ends there.
         backprop_loops: gradient through the last k passes only; None for all.
+        every: whether it is asked what each pass leaves.
     """
     start, stop = loop_range
     first = 0 if backprop_loops is None else n_loops - backprop_loops
     loops = tuple(
-        Pass(start, max(start, min(stop, last_writer)) if last else stop, gradient=loop >= first, is_last=last)
+        Pass(start, max(start, min(stop, last_writer)) if last else stop, loop >= first, last, last or every)
         for loop in range(n_loops)
         for last in (loop + 1 == n_loops,)
     )

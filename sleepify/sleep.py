@@ -11,21 +11,20 @@ anything runs. This is the only module that loops, and it knows no model: what i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from sleepify.errors import NonFiniteStateError
 from sleepify.memory import Memory
+from sleepify.recompute import recompute
 from sleepify.schedule import Passes, Round, Sleep, Wake, passes
 from sleepify.settings import Settings
 from sleepify.snapshot import Snapshot, Window
 
-T_ = TypeVar("T_")
 Watch = Callable[[Sleep, Memory], None]
-_HOLDERS = (Tensor, Memory, Window)
+Branch = Callable[[Sleep, Sequence[Memory]], None]
 
 
 class Blocks(Protocol):
@@ -54,7 +53,7 @@ class Blocks(Protocol):
 
 
 class FirstPass(NamedTuple):
-    """What the second pass of a sleep begins with: hidden states, memory, and the window's frame."""
+    """What the first pass of a sleep leaves: hidden states, memory, and the window's frame."""
 
     hidden_states: Tensor
     memory: Memory
@@ -63,7 +62,7 @@ class FirstPass(NamedTuple):
 
 def consolidate(
     blocks: Blocks, window: Window, memory: Memory, plan: Passes, settings: Settings, first: FirstPass | None = None
-) -> Memory:
+) -> list[Memory]:
     """Sleep on one window: N passes over it, and the memory that they leave (§5, Alg. 1).
 
     Args:
@@ -75,7 +74,8 @@ def consolidate(
         first: the first pass, if a wake pass over the whole window has made it already: the two are the same.
 
     Returns:
-        The state after the last pass and, under sliding eviction, its latest L-1 keys and values.
+        State and, under sliding eviction, latest L-1 keys and values after the last pass; before it those after every
+        other pass that ``ends``, what a sleep of so few passes leaves.
     """
     memory = memory.fetched()
     if first is None:
@@ -83,15 +83,19 @@ def consolidate(
         hidden, now = _run(settings, blocks, hidden, memory, frame, *plan.prelude)
     else:
         hidden, now, frame = first
-    for each in plan.loops if first is None else plan.loops[1:]:
+    ends = []
+    for loop, each in enumerate(plan.loops):
         # Truncated backpropagation: what enters the last passes is a constant (§7 names it as future work).
         with torch.set_grad_enabled(torch.is_grad_enabled() and each.gradient):
-            now = now.reenter(memory, *blocks.loop_range)
-            hidden, now = _run(settings, blocks, hidden, now, frame, each.start, each.stop)
+            if loop or first is None:
+                now = now.reenter(memory, *blocks.loop_range)
+                hidden, now = _run(settings, blocks, hidden, now, frame, each.start, each.stop)
+            if each.ends:
+                _, end = _run(settings, blocks, hidden, now, frame, *plan.coda)
+                ends.append(end.advance(window.lengths, window.input_ids.shape[1]).last_keys(settings.retained))
             if not each.is_last:
                 hidden = blocks.close_loop(hidden)
-    hidden, now = _run(settings, blocks, hidden, now, frame, *plan.coda)
-    return now.advance(window.lengths, window.input_ids.shape[1]).last_keys(settings.retained)
+    return ends
 
 
 def wake(
@@ -106,7 +110,7 @@ def wake(
     if share:
         middle = blocks.loop_range[1]
         hidden, now = _run(settings, blocks, hidden, now, frame, 0, middle)
-        first = FirstPass(hidden if settings.n_loops == 1 else blocks.close_loop(hidden), now, frame)
+        first = FirstPass(hidden, now, frame)
     hidden, now = _run(settings, blocks, hidden, now, frame, middle, blocks.n_layers)
     return hidden, now.advance(window.lengths, window.input_ids.shape[1]) if keep_keys else now, first
 
@@ -118,19 +122,23 @@ def sleep(
     settings: Settings,
     first: FirstPass | None = None,
     watch: Watch | None = None,
+    branch: Branch | None = None,
 ) -> Snapshot:
     """Consolidate what is awake in some rows of a session, full window or not (contract 2); ``watch`` is shown it."""
     window, memory = before.open_window(each.rows, settings.sliding), before.before_window(each.rows)
-    plan = passes(settings.n_loops, blocks.loop_range, blocks.last_writer(settings.sliding), settings.backprop_loops)
+    ending = (blocks.last_writer(settings.sliding), settings.backprop_loops, branch is not None)
+    plan = passes(settings.n_loops, blocks.loop_range, *ending)
     with torch.set_grad_enabled(torch.is_grad_enabled() and each.gradient):
         if settings.offload and settings.checkpoint == "window":
             # On the CPU a window boundary costs the accelerator nothing until the backward pass.
             memory = memory.parked()
-        after = _recompute(settings, "window", consolidate, blocks, window, memory, plan, settings, first)
+        *earlier, after = recompute(settings, "window", consolidate, blocks, window, memory, plan, settings, first)
     if settings.check_finite and (key := after.not_finite()) is not None:
         raise NonFiniteStateError(key, window=max(before.windows[row] for row in each.rows))
     if watch is not None:
         watch(each, after)
+    if branch is not None:
+        branch(each, earlier)
     return before.close_window(each.rows, after, settings.n_loops)
 
 
@@ -142,6 +150,7 @@ def read(
     settings: Settings,
     keep: bool,
     watch: Watch | None = None,
+    branch: Branch | None = None,
 ) -> tuple[Snapshot, list[Tensor]]:
     """Read new tokens: sleep whenever a full window is followed by another token, wake where something is asked.
 
@@ -153,6 +162,7 @@ def read(
         settings: N, L and the rest.
         keep: whether the session will be read on from (so that the open window must end awake).
         watch: is shown every sleep and the memory that it leaves.
+        branch: is shown every sleep and the memories that its passes before the last would have left.
 
     Returns:
         The session afterwards, and the hidden states [M, D] before the final norm of the tokens that were asked for,
@@ -162,13 +172,13 @@ def read(
     first: FirstPass | None = None
     for each in rounds:
         for nap in each.sleeps:
-            session = sleep(blocks, session, nap, settings, first if nap.shares else None, watch)
+            session = sleep(blocks, session, nap, settings, first if nap.shares else None, watch, branch)
         first = None
         for group in each.wakes:
             window = session.next_window(each, group, input_ids, settings.sliding)
             memory = session.awake(group.rows, window.input_ids.shape[1], settings)
             keeping = (settings, keep, group.shares)
-            hidden, memory, made = _recompute(settings, "window", wake, blocks, window, memory, *keeping)
+            hidden, memory, made = recompute(settings, "window", wake, blocks, window, memory, *keeping)
             first = made or first
             session = session.remember(group.rows, memory) if keep else session
             hidden_states.append(_pick(hidden, group))
@@ -177,17 +187,7 @@ def read(
 
 
 def _run(settings: Settings, blocks: Blocks, *arguments: Any) -> tuple[Tensor, Memory]:
-    return _recompute(settings, "loop", blocks.run, *arguments)
-
-
-def _recompute(settings: Settings, level: str, function: Callable[..., T_], *arguments: Any) -> T_:
-    """Call, and drop the activations to recompute them in the backward pass if that is to be done at this level."""
-    if settings.checkpoint != level or not torch.is_grad_enabled():
-        return function(*arguments)
-    # Which devices' random state is to be the same the second time, checkpoint finds out from the tensors it is shown.
-    held = [[each] if isinstance(each, Tensor) else each.tensors() for each in arguments if isinstance(each, _HOLDERS)]
-    shown = {tensor.device: tensor for tensors in held for tensor in tensors}
-    return checkpoint(lambda _: function(*arguments), list(shown.values()), use_reentrant=False)
+    return recompute(settings, "loop", blocks.run, *arguments)
 
 
 def _pick(hidden: Tensor, group: Wake) -> Tensor:

@@ -26,7 +26,6 @@ from sleepify.training import recipe as recipes
 from sleepify.training.model_arguments import ModelArguments, build_model
 from sleepify.training.recipe import parse
 from sleepify.training.sleep_arguments import SleepArguments
-from sleepify.training.task_arguments import RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "recipes"
@@ -43,6 +42,7 @@ BASELINES = ["n1", "n1_compute", "n1_deep", "full_attention", "sliding_attention
 CONFIGS: dict[str, str] = {
     **{f"rule110_{name}": "rule110" for name in ["t32", "small", "tiny", *BASELINES]},
     **{f"depo_{name}": "depo" for name in ["k16", "tiny", *BASELINES]},
+    "sft_tiny": "sft",
     **{f"{model}_{name}": "gsm_inf" for model, names in GSM_MODELS.items() for name in names},
 }
 NO_GPU = ["--use_cpu", "--bf16", "False"]
@@ -59,7 +59,7 @@ def test_the_configurations_are_the_expected_ones() -> None:
 
 
 def test_every_recipe_has_a_script_and_every_script_a_recipe() -> None:
-    assert {path.stem for path in FOLDER.glob("*.py")} == {*RECIPES, "evaluate"}
+    assert {path.stem for path in FOLDER.glob("*.py")} == {*recipes.KINDS, "evaluate"}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -72,7 +72,7 @@ def test_configuration_builds_its_task_and_settings(name: str) -> None:
     assert recipe.training.max_steps > 0 and recipe.training.seed == 0
     settings = recipe.sleep.settings()
     assert {"n_loops", "window_size", "eviction", "loop_range"} <= settings.keys()
-    if CONFIGS[name] != "gsm_inf":
+    if CONFIGS[name] in ("rule110", "depo"):
         task, test_task = recipe.task.build(), recipe.task.build(test=True)
         assert settings["window_size"] == task.window_size == test_task.window_size
         # The architecture is one that transformers knows, and sleep accepts; no weights are made.
@@ -162,8 +162,8 @@ def test_command_line_goes_before_file_and_file_before_what_it_extends(tmp_path:
             r"for the recipe rule110, got `recipe: depo` \(.*child.yaml\); it is for recipes/depo.py",
         ),
         ({}, ["--recipe", "depo"], r"for the recipe rule110, got `recipe: depo` \(the command line\)"),
-        ({"recipe": "rule100"}, [], r"one of rule110, depo, gsm_inf, got 'rule100' \(did you mean 'rule110'\?\)"),
-        ({"recipe": ["depo"]}, [], r"one of rule110, depo, gsm_inf, got \['depo'\]"),
+        ({"recipe": "rule100"}, [], r"one of rule110, depo, gsm_inf, sft, got 'rule100' \(did you mean 'rule110'\?\)"),
+        ({"recipe": ["depo"]}, [], r"one of rule110, depo, gsm_inf, sft, got \['depo'\]"),
         ({"learning_rate": 1e-4}, [], "muon_learning_rate and adamw_learning_rate"),
         ({"fast_weights_rule": "gnd"}, [], "rule among gdn, jet, mamba2, got 'gnd'"),
         ({"n_loops": 0}, [], "n_loops to be a whole number of at least 1, got 0"),
@@ -178,7 +178,7 @@ def test_refuses_by_name(lines: Any, argv: list[str], message: str, tmp_path: Pa
         parse("rule110", [str(child), *argv])
 
 
-@pytest.mark.parametrize("name", [*RECIPES, "evaluate"])
+@pytest.mark.parametrize("name", [*recipes.KINDS, "evaluate"])
 def test_help_explains_every_field(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         evaluate_checkpoint.run(["--help"]) if name == "evaluate" else recipes.run(name, ["--help"])
@@ -186,7 +186,7 @@ def test_help_explains_every_field(name: str, capsys: pytest.CaptureFixture[str]
     shown = capsys.readouterr().out
     kinds: list[Any] = [evaluate_checkpoint.EvaluateArguments]
     if name != "evaluate":
-        kinds = [RECIPES[name], ModelArguments, SleepArguments, recipes.TestArguments]
+        kinds = [recipes.KINDS[name], ModelArguments, SleepArguments, recipes.TestArguments]
     for kind in kinds:
         for field in kind.__dataclass_fields__.values():
             assert f"--{field.name}" in shown and field.metadata["help"].strip()

@@ -23,9 +23,10 @@ EXACT_GRAD = Tolerance(1e-9, 1e-8)
 # A central difference quotient with step 1e-7 in float64: rounding of 1e-15 over the step, and the step squared times
 # a third derivative, which random weights and several passes make large.
 QUOTIENT = Tolerance(1e-5, 1e-4)
-# float64 as above after a dozen calls and as many sleeps on random weights, each of which enlarges what rounding the
-# ones before it left (measured over 10,000 calls: 1.1e-10 at most). A wrong value is off by 1e-3 and more.
-GROWN = Tolerance(1e-8, 1e-7)
+# float64 as above after a dozen calls and as many sleeps on random weights, each of which enlarges what the ones before
+# it left; and routers of some families take their softmax in float32 in any case (measured over 10,000 calls: 1.1e-8 at
+# most). A wrong value is off by 1e-3 and more.
+GROWN = Tolerance(1e-6, 1e-5)
 # float32 against the published reference implementations (fixtures): what those differ among their own backends.
 PARITY = Tolerance(1e-4, 1e-5)
 # float32 against float64 or another order of the same few hundred products of size 1.

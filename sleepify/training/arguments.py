@@ -6,13 +6,15 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from sleepify.training.objective_arguments import ObjectiveArguments
+
 OPTIMIZERS = ("muon", "adamw")
 TRAINED = ("all", "fast_weights")
 ADAMW_LEARNING_RATE = 5e-5
 
 
 @dataclass
-class SleepTrainingArguments(TrainingArguments):
+class SleepTrainingArguments(ObjectiveArguments, TrainingArguments):
     """Arguments of `SleepTrainer`.
 
     Two fields of transformers mean something else here, and nothing that is given is ignored. ``learning_rate`` is
@@ -76,6 +78,7 @@ class SleepTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"expected optimizer to be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
+        self.check_objectives()
         self.settle_optimizer()
         # transformers' own must be a name that it knows while it looks; afterwards None again, as it was given.
         self.optim = TrainingArguments.default_optim

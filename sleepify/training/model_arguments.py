@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, PreTrainedModel
 
 from sleepify.config import SleepConfig
 from sleepify.defaults import resolve
@@ -38,7 +38,8 @@ class ModelArguments:
         default=None, metadata={"help": "Of a new architecture's embeddings at the start; by default the family's."}
     )
     tokenizer: str | None = field(
-        default=None, metadata={"help": "Name or path, by default the model's; 'words' for one made on the spot."}
+        default=None,
+        metadata={"help": "Name or path, by default the model's; 'words' or 'bytes' for one made on the spot."},
     )
     dtype: str = field(default="float32", metadata={"help": "Of the weights: float32 or bfloat16."})
     attn_implementation: str | None = field(
@@ -70,7 +71,7 @@ def build_model(arguments: ModelArguments, sleep: SleepArguments, vocab_size: in
     if arguments.attn_implementation is not None:
         options["attn_implementation"] = arguments.attn_implementation
     if arguments.architecture is not None:
-        model = AutoModelForCausalLM.from_config(_architecture(arguments.architecture, vocab_size), **options)
+        model = AutoModelForCausalLM.from_config(new_architecture(arguments.architecture, vocab_size), **options)
         if arguments.embedding_std is not None:
             torch.nn.init.normal_(model.get_input_embeddings().weight, std=arguments.embedding_std)
     else:
@@ -85,7 +86,8 @@ def build_model(arguments: ModelArguments, sleep: SleepArguments, vocab_size: in
     return add_lora(model, arguments) if arguments.lora_r else model
 
 
-def _architecture(architecture: dict | str, vocab_size: int | None) -> Any:
+def new_architecture(architecture: dict | str, vocab_size: int | None) -> Any:
+    """The configuration of a model with random weights."""
     if isinstance(architecture, str):
         return AutoConfig.from_pretrained(architecture)
     values = dict(architecture)
@@ -128,6 +130,8 @@ def load_tokenizer(arguments: ModelArguments) -> Any:
     name = arguments.tokenizer or arguments.model
     if name == "words":
         return WordTokenizer([*THEMES, PETS])
+    if name == "bytes":
+        return ByT5Tokenizer(extra_ids=0)
     return None if name is None else AutoTokenizer.from_pretrained(name, revision=arguments.model_revision)
 
 

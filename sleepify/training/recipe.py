@@ -1,4 +1,5 @@
-"""Recipes: a run from a YAML file to the report. Each trains a model on one task, saves it and tests it by difficulty.
+"""Recipes: a run from a YAML file to the report. Each trains a model on one task, saves it and tests it by difficulty;
+`sft` does so on data of one's own.
 
 A recipe is started with a YAML file, and every field of it, or any other, can be changed on the command line:
 
@@ -24,12 +25,16 @@ from sleepify.training.model_arguments import ModelArguments, build_model, load_
 from sleepify.training.processes import note_single_process
 from sleepify.training.runs import MERGED, remove_drafts
 from sleepify.training.settings import parse_dataclasses, peek, suggest
+from sleepify.training.sft import run as run_sft
 from sleepify.training.sleep_arguments import SleepArguments
 from sleepify.training.task_arguments import RECIPES, TaskArguments
+from sleepify.training.text_data import DatasetArguments
 from sleepify.training.trainer import SleepTrainer
 
 REPORT = "report.json"
 TASK = "task.json"
+KINDS: dict[str, type[TaskArguments] | type[DatasetArguments]] = {**RECIPES, "sft": DatasetArguments}
+"""Every recipe: those of tasks, and the one for data of one's own."""
 
 
 @dataclass
@@ -37,7 +42,7 @@ class RecipeArguments:
     """Which recipe it is."""
 
     recipe: str | None = field(
-        default=None, metadata={"help": f"Its name: {', '.join(RECIPES)}. A file says it, or is for the script's own."}
+        default=None, metadata={"help": f"Its name: {', '.join(KINDS)}. A file says it, or is for the script's own."}
     )
 
 
@@ -55,7 +60,7 @@ class Recipe:
     """A parsed command line: the recipe's name, its task's own arguments, and those of every recipe."""
 
     name: str
-    task: TaskArguments
+    task: TaskArguments | DatasetArguments
     model: ModelArguments
     sleep: SleepArguments
     test: TestArguments
@@ -67,16 +72,18 @@ class Result:
     """What a run returns to a caller in the same process.
 
     Args:
-        report: of the test.
+        report: of the test by difficulty; None for one's own data.
         train_steps: optimiser steps of the run, those before a resume too.
         train_seconds: wall time of the training in this process.
         cpu_seconds: processor time of it; on a busy machine the better measure of work on the CPU.
+        results: of the test on one's own data.
     """
 
-    report: Report
+    report: Report | None
     train_steps: int
     train_seconds: float
     cpu_seconds: float
+    results: dict[str, Any] | None = None
 
 
 def parse(name: str | None = None, argv: Sequence[str] | None = None, description: str | None = None) -> Recipe:
@@ -91,7 +98,7 @@ def parse(name: str | None = None, argv: Sequence[str] | None = None, descriptio
         ValueError: for a recipe or a field that does not exist, or a file of another recipe.
     """
     name = _name(name, argv)
-    kinds = [RECIPES[name], ModelArguments, SleepArguments, TestArguments, SleepTrainingArguments]
+    kinds = [KINDS[name], ModelArguments, SleepArguments, TestArguments, SleepTrainingArguments]
     *parsed, _ = parse_dataclasses([*kinds, RecipeArguments], argv, description, SleepTrainingArguments)
     return Recipe(name, *parsed)
 
@@ -101,12 +108,10 @@ def _name(expected: str | None, argv: Sequence[str] | None) -> str:
     named, where = peek("recipe", argv)
     name = expected if named is None else named
     if name is None:
-        raise ValueError(
-            f"expected a recipe, got none: write `recipe: NAME` into the YAML file, of {', '.join(RECIPES)}"
-        )
-    if not isinstance(name, str) or name not in RECIPES:
-        hint = suggest(str(name), RECIPES)
-        raise ValueError(f"expected recipe to be one of {', '.join(RECIPES)}, got {name!r}{hint} ({where})")
+        raise ValueError(f"expected a recipe, got none: write `recipe: NAME` into the YAML file, of {', '.join(KINDS)}")
+    if not isinstance(name, str) or name not in KINDS:
+        hint = suggest(str(name), KINDS)
+        raise ValueError(f"expected recipe to be one of {', '.join(KINDS)}, got {name!r}{hint} ({where})")
     if expected not in (None, name):
         raise ValueError(
             f"expected a file for the recipe {expected}, got `recipe: {name}` ({where}); it is for recipes/{name}.py"
@@ -126,6 +131,10 @@ def run(name: str | None = None, argv: Sequence[str] | None = None, description:
         ValueError: as `parse`, and for a model or a task that cannot be.
     """
     recipe = parse(name, argv, description)
+    if isinstance(recipe.task, DatasetArguments):
+        results = run_sft(recipe, recipe.task)
+        spent = {name: results[name] for name in ("train_steps", "train_seconds", "cpu_seconds")}
+        return Result(None, **spent, results=results)
     training = recipe.training
     output = Path(str(training.output_dir))
     set_seed(training.seed)

@@ -64,7 +64,7 @@ def equalise(batch: dict[str, Any], window_size: int, truncated: bool, every: bo
     A collective: every rank calls it with its own batch.
 
     Args:
-        batch: ``input_ids``, ``labels``, and ``attention_mask`` if rows are padded, [B, T] each.
+        batch: ``input_ids``, ``labels``, ``attention_mask`` if rows are padded, and what else there is of [B, T].
         window_size: L.
         truncated: whether gradient flows through the last sleeps of a row only, so that rows that end in different
             rounds sleep in different groups.
@@ -81,11 +81,12 @@ def equalise(batch: dict[str, Any], window_size: int, truncated: bool, every: bo
             f"expected one text per row where layers are sharded over processes, got {', '.join(packed)}: collate "
             "without packing, or train without sharding"
         )
-    ids, labels = batch["input_ids"], batch["labels"]
+    ids = batch["input_ids"]
     mask = batch.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
     order = mask.argsort(dim=1, descending=True, stable=True)
-    rows = {name: t.gather(1, order) for name, t in (("input_ids", ids), ("labels", labels), ("attention_mask", mask))}
+    given = {name: t for name, t in batch.items() if isinstance(t, torch.Tensor) and t.shape == ids.shape}
+    rows = {name: t.gather(1, order) for name, t in (given | {"attention_mask": mask}).items()}
     labelled, real = torch.stack([rows["labels"] != IGNORE, rows["attention_mask"].bool()]).cpu().numpy()
     mine = Calls.of(labelled, real, window_size, every)
 
@@ -102,7 +103,8 @@ def equalise(batch: dict[str, Any], window_size: int, truncated: bool, every: bo
     ends = [*mine.ends.tolist(), *extra]
     lengths = [end * window_size + 1 for end in extra]
     width = max([ids.shape[1], *lengths])
-    padded = {name: _grow(t, width, len(extra), IGNORE if name == "labels" else 0) for name, t in rows.items()}
+    fills = {"input_ids": 0, "attention_mask": 0}
+    padded = {name: _grow(t, width, len(extra), fills.get(name, IGNORE)) for name, t in rows.items()}
     awake = np.zeros((len(ends), width), dtype=bool)
     if every:
         awake[: len(real), : real.shape[1]] = real

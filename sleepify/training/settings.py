@@ -21,6 +21,9 @@ from transformers.hf_argparser import string_to_bool
 
 from sleepify.training.help import Formatter, arrange
 
+_BESIDE = ("dataset", "chat_template")
+"""Fields that may be a file's name."""
+
 
 def parse_dataclasses(
     types: Sequence[Any], argv: Sequence[str] | None, description: str | None, many: type | None = None
@@ -70,7 +73,7 @@ def peek(name: str, argv: Sequence[str] | None) -> tuple[Any, str]:
 
 
 def load_config(path: str | Path, known: Collection[str] | None = None) -> dict[str, Any]:
-    """The fields in a YAML file, after those of the file that it ``extends`` (a path relative to its own).
+    """The fields in a YAML file, after those of the file that it ``extends`` (a path relative to its own, as are data).
 
     Args:
         path: of the file.
@@ -86,6 +89,10 @@ def load_config(path: str | Path, known: Collection[str] | None = None) -> dict[
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected `field: value` lines, got {type(values).__name__}")
+    for name in _BESIDE:
+        # A file that is named by a file lies beside it.
+        if isinstance(value := values.get(name), str) and (path.parent / value).is_file():
+            values[name] = str(path.parent / value)
     parent = values.pop("extends", None)
     for name in values:
         if known is not None and name not in known:

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -30,10 +31,12 @@ from sleepify.rows import NO_COLUMNS
 from sleepify.training.arguments import SleepTrainingArguments
 from sleepify.training.data import SleepCollator, TaskDataset
 from sleepify.training.norms import state_norms
+from sleepify.training.objectives import SUPERVISED, Criterion, objectives_of, sleeping_model
 from sleepify.training.optim import build_deepspeed_optimizer, build_optimizer, idle_layers
 from sleepify.training.rounds import equalise, restore
 from sleepify.training.runs import describe_run, read_manifest, remove_drafts, whole_or_not_at_all, write_manifest
 from sleepify.training.stopping import StopRequest
+from sleepify.training.text_data import TextRows
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +59,8 @@ class SleepTrainer(Trainer):
     Args:
         model: the model.
         args: `SleepTrainingArguments`.
+        criterion: a loss of one's own in the place of cross entropy: a function of logits [m, V] and targets [m], -100
+            where there is none, that returns their sum. It is called for some places at a time.
         kwargs: those of ``transformers.Trainer``. The collator defaults to `SleepCollator` with the pad token of
             ``processing_class``. A `TaskDataset` is read in its order.
 
@@ -64,12 +69,14 @@ class SleepTrainer(Trainer):
 
     Raises:
         TypeError: for arguments of another class.
-        ValueError: if no pad token is known, or ``train_only`` does not fit the model.
+        ValueError: if no pad token is known, or ``train_only`` or a loss does not fit the model.
     """
 
     args: SleepTrainingArguments
 
-    def __init__(self, model: PreTrainedModel, args: SleepTrainingArguments, **kwargs: Any) -> None:
+    def __init__(
+        self, model: PreTrainedModel, args: SleepTrainingArguments, criterion: Criterion | None = None, **kwargs: Any
+    ) -> None:
         if not isinstance(args, SleepTrainingArguments):
             raise TypeError(f"expected args to be SleepTrainingArguments, got {type(args).__name__}")
         args.settle_optimizer()
@@ -99,18 +106,18 @@ class SleepTrainer(Trainer):
         self.nonfinite_steps = 0
         self._nonfinite_in_a_row = 0
         self._loss_is_bad = torch.zeros((), dtype=torch.bool, device=args.device)
-        self._stop = StopRequest()
-        self._stop_agreed = False
+        self._stop, self._stop_agreed = StopRequest(), False
         self._loops_since_log: list[int] = []
         self._state_norms: dict[str, float] = {}
         self._config: Any = model.config
-        self._sleeps = isinstance(
-            model.config, SleepConfig
-        )  # a plain model, of a baseline, has no windows and no state
+        # A plain model, of a baseline, has no windows and no state.
+        self._sleeps = isinstance(model.config, SleepConfig)
         if self._sleeps and args.torch_compile:
             # Layer by layer; Accelerate would wrap the whole model, whose loop over windows is no graph.
             self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
-            _sleeping(model).compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+            sleeping_model(model).compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+        self._objectives = objectives_of(args, model, criterion)
+        self._counts: Tensor | None = None
         self._run = describe_run(model, args, self.train_dataset)
         self._progress: dict[str, Any] = {}
         self.add_callback(_RestoreProgress(self))
@@ -132,6 +139,8 @@ class SleepTrainer(Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if isinstance(dataset, TaskDataset):
             return SequentialSampler(dataset)
+        if isinstance(dataset, TextRows) and self.args.train_sampling_strategy == "group_by_length":
+            return dataset.sampler(self.args.train_batch_size * self.args.gradient_accumulation_steps)
         return super()._get_train_sampler(train_dataset)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -150,6 +159,15 @@ class SleepTrainer(Trainer):
 
     # --- one step --------------------------------------------------------------------------------------------------
 
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        items = super()._get_num_items_in_batch(batch_samples, device)
+        if self._objectives is None or not batch_samples:
+            return items
+        self._counts = self._objectives.count(batch_samples).to(device)
+        if self.args.world_size > 1 and self.args.average_tokens_across_devices:
+            self._counts = self.accelerator.reduce(self._counts, "sum")
+        return self._counts.sum().clamp(min=1)  # to the Trainer it matters only that something was counted
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -167,14 +185,21 @@ class SleepTrainer(Trainer):
         every = self.compute_loss_func is not None or (return_outputs and not self._loss_only)
         if self._sleeps and "labels" in inputs and not (every or model.training):
             inputs["logits_to_keep"] = NO_COLUMNS
+        objectives = self._objectives if model.training else None
+        counts = self._counts
+        if objectives is not None:
+            inputs = objectives.prepare(inputs)
+            counts = objectives.count([inputs]) if num_items_in_batch is None or counts is None else counts
         given, sharded = inputs, (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self.args.world_size > 1
         if self._sleeps and sharded and "labels" in inputs:
-            config = self._config
-            inputs = equalise(inputs, config.window_size, config.backprop_windows is not None, every)
-        if model.training and self._sleeps and self._logs_after_this_step():
-            with state_norms(_sleeping(model)) as self._state_norms:
-                loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        else:
+            truncated = self._config.backprop_windows is not None
+            inputs = equalise(inputs, self._config.window_size, truncated, every)
+        with ExitStack() as stack:
+            if model.training and self._sleeps and self._logs_after_this_step():
+                self._state_norms = stack.enter_context(state_norms(sleeping_model(model)))
+            if objectives is not None and counts is not None:
+                number, last = self.state.global_step, max(1, self.state.max_steps)
+                stack.enter_context(objectives.on(counts, inputs.pop(SUPERVISED, None), number, number / last))
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if inputs is not given and outputs.logits is not None:
             # Rows that were added are nobody's predictions.
@@ -374,8 +399,3 @@ class _RestoreProgress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer.restore_progress()
-
-
-def _sleeping(model: nn.Module) -> SleepForCausalLM:
-    """The model itself, or what peft has put itself around."""
-    return next(module for module in model.modules() if isinstance(module, SleepForCausalLM))

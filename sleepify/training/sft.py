@@ -1,0 +1,164 @@
+"""Fine-tuning on one's own data: from a dataset to a model in ``output_dir`` and ``results.json`` beside it.
+
+What can be wrong with a dataset is said before a model is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoConfig, PreTrainedTokenizerBase, set_seed
+
+from sleepify.config import SleepConfig
+from sleepify.defaults import MAX_DEFAULT_WINDOW, resolve
+from sleepify.files import written_beside
+from sleepify.training.data import SleepCollator
+from sleepify.training.model_arguments import build_model, load_tokenizer, new_architecture, pad_token
+from sleepify.training.runs import MERGED, remove_drafts
+from sleepify.training.text_data import DatasetArguments, TextData, TextRows, TextStream, load_text
+from sleepify.training.text_evaluate import evaluate_text
+from sleepify.training.trainer import SleepTrainer
+
+if TYPE_CHECKING:
+    from sleepify.training.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+RESULTS = "results.json"
+
+
+def run(recipe: Recipe, data: DatasetArguments) -> dict[str, Any]:
+    """Train on a dataset, save, test on its held-out rows.
+
+    Returns:
+        What is written to ``results.json``, with the steps and seconds of the training.
+
+    Raises:
+        DatasetError: for a dataset that does not fit, see `load_text`.
+        ValueError: for a model or a setting that cannot be.
+    """
+    training = recipe.training
+    output = Path(str(training.output_dir))
+    if recipe.test.test_window_sizes is not None:
+        raise ValueError("expected test_window_sizes to be left out: distances are told by the model's own window")
+    if data.streaming and training.max_steps <= 0:
+        raise ValueError("expected max_steps with streaming, since nobody knows how long the data is")
+    set_seed(training.seed)
+    tokenizer = load_tokenizer(recipe.model)
+    window_size, positions = _reach(recipe, tokenizer)
+    with training.main_process_first(desc="tokenise"):
+        text = load_text(
+            data,
+            tokenizer,
+            window_size=window_size,
+            positions=positions,
+            batch_size=training.per_device_train_batch_size,
+            seed=training.seed,
+        )
+    if training.train_sampling_strategy == "random":
+        training.train_sampling_strategy = "group_by_length"
+    pad_id = pad_token(tokenizer)
+    model: Any = build_model(recipe.model, recipe.sleep, len(tokenizer))
+    trainer = SleepTrainer(
+        model=model,
+        args=training,
+        train_dataset=text.train,
+        eval_dataset=text.held_out,
+        data_collator=SleepCollator(pad_id),
+        processing_class=tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None,
+    )
+    if trainer.is_world_process_zero():
+        remove_drafts(output / MERGED)
+    started, cpu_started = time.perf_counter(), time.process_time()
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    trainer.save_model()
+    results = describe(recipe, text, window_size) | {
+        "train_steps": trainer.state.global_step,
+        "train_seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+    }
+    if text.held_out is not None:
+        results |= _test(recipe, trainer.model_wrapped, text.held_out, window_size, pad_id)
+    if trainer.is_world_process_zero():
+        folders = [output]
+        if recipe.model.lora_r:
+            model.merge_and_unload().save_pretrained(output / MERGED)
+            folders.append(output / MERGED)
+        for folder in folders:
+            with written_beside(folder / RESULTS) as draft:
+                draft.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        print(table(results))
+    return results
+
+
+def _reach(recipe: Recipe, tokenizer: Any) -> tuple[int, int | None]:
+    """L, and the longest row that the model can read (None: any), by its configuration alone."""
+    arguments, settings = recipe.model, recipe.sleep.settings()
+    if arguments.architecture is not None:
+        config = new_architecture(arguments.architecture, None if tokenizer is None else len(tokenizer))
+    else:
+        changes: Any = arguments.model_config or {}
+        config = AutoConfig.from_pretrained(str(arguments.model), revision=arguments.model_revision, **changes)
+    base = config.text_config if isinstance(config, SleepConfig) else config
+    longest: int | None = getattr(base.get_text_config(), "max_position_embeddings", None)
+    if not recipe.sleep.sleep:
+        return settings.get("window_size") or min(MAX_DEFAULT_WINDOW, longest or MAX_DEFAULT_WINDOW), longest
+    if isinstance(config, SleepConfig):
+        for name in settings.keys() - {"fast_weights"}:
+            setattr(config, name, settings[name])
+    else:
+        config = SleepConfig(text_config=config, **settings)
+    resolved = resolve(config)
+    return int(resolved.window_size or 0), longest if resolved.sliding else None
+
+
+def describe(recipe: Recipe, text: TextData, window_size: int) -> dict[str, Any]:
+    """What the run was on."""
+    held_out = 0 if text.held_out is None else len(text.held_out)
+    return {
+        "dataset": recipe.task.__dict__["dataset"],
+        "format": text.format,
+        "window_size": window_size,
+        "train_rows": None if isinstance(text.train, TextStream) else len(text.train),
+        "held_out_rows": held_out,
+        "windows_per_row": text.windows,
+    }
+
+
+def _test(recipe: Recipe, model: Any, held_out: TextRows, window_size: int, pad_id: int) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "window_size": window_size,
+        "n_examples": recipe.test.test_examples,
+        "batch_size": recipe.training.per_device_eval_batch_size,
+        "pad_id": pad_id,
+    }
+    results = evaluate_text(model, held_out, **options)
+    if recipe.test.test_n_loops is not None:
+        results["by_n_loops"] = {str(n): evaluate_text(model, held_out, n_loops=n, **options) for n in _loops(recipe)}
+    return results
+
+
+def _loops(recipe: Recipe) -> list[int]:
+    if not recipe.sleep.sleep:
+        raise ValueError("expected test_n_loops to be left out with sleep=False: there is no N")
+    return list(recipe.test.test_n_loops or [])
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: perplexity by distance, and exact match where there are answers."""
+    if "perplexity" not in results:
+        return "no held-out rows, so that nothing was tested"
+    matches = results.get("exact_match_by_distance", {})
+    lines = ["| tokens since the window was read | perplexity | tokens |", "|---|---|---|"]
+    for name, each in results["perplexity_by_distance"].items():
+        lines.append(f"| {name} | {each['perplexity']:.2f} | {each['tokens']} |")
+    lines.append(f"| all | {results['perplexity']:.2f} | |")
+    if "exact_match" in results:
+        whole = results["exact_match"]
+        parts = [f"{name}: {each['correct']} of {each['total']}" for name, each in matches.items()]
+        lines.append(f"\nexact match {whole['correct']} of {whole['total']} ({'; '.join(parts)})")
+    return "\n".join(lines)

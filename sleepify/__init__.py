@@ -6,6 +6,8 @@
 Importing this package makes transformers' Auto classes know sleeping models, Jet-Nemotron and Ouro.
 """
 
+import sys
+
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -28,8 +30,10 @@ from sleepify.version import __version__
 
 AutoConfig.register("sleepify", SleepConfig, exist_ok=True)
 AutoModelForCausalLM.register(SleepConfig, SleepForCausalLM, exist_ok=True)
-# `transformers serve` and `chat` look a checkpoint's architecture up by its name.
-transformers.SleepForCausalLM = SleepForCausalLM  # type: ignore[attr-defined]
+# `transformers serve` and `chat` look a checkpoint's architecture up by its name. transformers imports itself a second
+# time while it loads, so that there may be two of it.
+for _module in (transformers, sys.modules["transformers"]):
+    _module.SleepForCausalLM = SleepForCausalLM  # type: ignore[attr-defined]
 register_with_peft()
 
 __all__ = [

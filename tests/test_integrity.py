@@ -277,6 +277,7 @@ def test_a_process_that_dies_between_renames(old, tmp_path):
     assert equal(state(AutoModelForCausalLM.from_pretrained(tmp_path / "kept")), state(old))
     assert {path.name for path in (tmp_path / "kept").iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "README.md", MANIFEST,
+        "modeling_sleepify.py",
     }  # fmt: skip
 
 

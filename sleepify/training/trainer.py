@@ -110,8 +110,7 @@ class SleepTrainer(Trainer):
         self._loops_since_log: list[int] = []
         self._state_norms: dict[str, float] = {}
         self._config: Any = model.config
-        # A plain model, of a baseline, has no windows and no state.
-        self._sleeps = isinstance(model.config, SleepConfig)
+        self._sleeps = isinstance(model.config, SleepConfig)  # a baseline's plain model has no windows, no state
         if self._sleeps and args.torch_compile:
             # Layer by layer; Accelerate would wrap the whole model, whose loop over windows is no graph.
             self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")

@@ -27,7 +27,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from sleepify import FastWeightConfig, SleepForCausalLM, sleepify
 from sleepify import sleep as algorithm
 from sleepify.memory import Memory
-from sleepify.schedule import schedule
+from sleepify.schedule import cost, passes, schedule
 from sleepify.snapshot import Snapshot
 
 SUPERVISED = 8
@@ -109,7 +109,12 @@ def ideal(tokens: int, window: int, n_loops: int, looped: float) -> float:
     windows = (tokens - 1) // window
     if tokens - windows * window <= SUPERVISED:
         raise ValueError(f"expected more than {SUPERVISED} tokens after the last full window of {window}, T = {tokens}")
-    return windows * (1 + (n_loops - 1) * looped) + tokens / window - windows
+    wanted = np.zeros((1, tokens), dtype=bool)
+    wanted[0, -1] = True
+    rounds = schedule([0], [tokens], wanted, window, keep=False).rounds
+    # A model of a thousand layers: a fraction of them is then a whole number.
+    inside = passes(n_loops, (0, round(1000 * looped)), last_writer=1000)
+    return cost(rounds, window, inside, 1000) / (1000 * window)
 
 
 def windowed_step(

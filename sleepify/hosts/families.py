@@ -41,19 +41,23 @@ class ClampedMambaHost(Host):
     softplus is monotone, so the clamp is put before it: on the projection that the time step comes from.
     """
 
-    def _projections(self, index: int) -> list[tuple[nn.Module, Any]]:
-        """(projection, what clamps its output) in a layer, looked up anew: peft puts another module in its place."""
-        return [
-            (mixer.get_submodule("in_proj"), partial(_clamp_step, mixer, math.log(math.expm1(limits[0]))))
-            for mixer in self.layers[index].modules()
-            if hasattr(mixer, "in_proj") and (limits := getattr(mixer, "time_step_limit", (0.0,)))[0] > 0
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._clamped = [
+            [
+                (mixer, partial(_clamp_step, mixer, math.log(math.expm1(limits[0]))))
+                for mixer in layer.modules()
+                if hasattr(mixer, "in_proj") and (limits := getattr(mixer, "time_step_limit", (0.0,)))[0] > 0
+            ]
+            for layer in self.layers
         ]
 
     def layer(self, index: int, hidden_states: Tensor, frame: Frame, cache: WindowCache) -> Tensor:
         if hidden_states.shape[1] > 1:
             return super().layer(index, hidden_states, frame, cache)
-        # For the length of the call: the base itself stays as it is.
-        hooks = [projection.register_forward_hook(clamp) for projection, clamp in self._projections(index)]
+        # For the length of the call, so that the base itself stays as it is; on the projection that is there now, since
+        # peft puts another module in its place.
+        hooks = [mixer.in_proj.register_forward_hook(clamp) for mixer, clamp in self._clamped[index]]
         try:
             return super().layer(index, hidden_states, frame, cache)
         finally:

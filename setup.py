@@ -5,5 +5,8 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["sleepify", "sleepify.*"]), "sleepify.recipes"],
     package_dir={"sleepify.recipes": "recipes"},
-    package_data={"sleepify": ["py.typed"], "sleepify.recipes": ["configs/*.yaml", "accelerate/*.yaml"]},
+    package_data={
+        "sleepify": ["py.typed"],
+        "sleepify.recipes": ["configs/*.yaml", "configs/*.jsonl", "accelerate/*.yaml"],
+    },
 )

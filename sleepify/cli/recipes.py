@@ -97,10 +97,19 @@ def copy(names: Sequence[str], target: Path) -> list[str]:
         ValueError: for a name that there is not.
         FileExistsError: for a file that is there already; then nothing is copied.
     """
-    sources = list(dict.fromkeys(file for name in names for file in parents(find(name))))
+    files = dict.fromkeys(file for name in names for file in parents(find(name)))
+    sources = list(dict.fromkeys(source for file in files for source in (file, *_data_beside(file))))
     if there := [str(target / source.name) for source in sources if (target / source.name).exists()]:
         raise FileExistsError(f"expected none of these to exist, found {', '.join(there)}; choose another --to")
     for source in sources:
         with written_beside(target / source.name) as draft:
             draft.write_bytes(source.read_bytes())
     return [f"wrote {target / source.name}" for source in sources]
+
+
+def _data_beside(path: Path) -> list[Path]:
+    """The data file that a recipe names and that lies beside it."""
+    import yaml
+
+    name = yaml.safe_load(path.read_text(encoding="utf-8")).get("dataset")
+    return [path.with_name(name)] if isinstance(name, str) and path.with_name(Path(name).name).is_file() else []

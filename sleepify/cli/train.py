@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sleepify.cli.recipes import LAUNCH, find
+from sleepify.training import DatasetError
 from sleepify.training.recipe import parse, run
 
 LAUNCHED = "SLEEPIFY_LAUNCHED"
@@ -55,7 +56,11 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         print(f"sleepify train: {error}", file=sys.stderr)
         return 2
-    run(None, words, description=__doc__)
+    try:
+        run(None, words, description=__doc__)
+    except DatasetError as error:
+        print(f"sleepify train: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -15,6 +15,7 @@ TOPICS: dict[str, str] = {
     "Training: what, and by which optimiser": "train_only loops_schedule optimizer muon_learning adamw_learning muon_ "
     "learning_rate warmup lr_scheduler weight_decay max_grad_norm skip_nonfinite max_nonfinite adam_ optim neftune "
     "label_smoothing",
+    "Training: the loss": "cross_entropy distill reconstruct pass_loss",
     "Precision, speed and memory": "bf16 tf32 use_cpu torch_compile gradient_checkpointing activation_checkpointing "
     "dataloader_ fp16 torch_empty use_liger liger_ use_cache auto_find_batch average_tokens length_column "
     "train_sampling",

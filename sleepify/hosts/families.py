@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 import torch
@@ -43,32 +42,49 @@ class ClampedMambaHost(Host):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._clamped = [
+        self._mixers = [
             [
-                (mixer, partial(_clamp_step, mixer, math.log(math.expm1(limits[0]))))
+                (mixer, math.log(math.expm1(limits[0])))
                 for mixer in layer.modules()
                 if hasattr(mixer, "in_proj") and (limits := getattr(mixer, "time_step_limit", (0.0,)))[0] > 0
             ]
             for layer in self.layers
         ]
+        self._clamped: dict[int, _Clamped] = {}
 
     def layer(self, index: int, hidden_states: Tensor, frame: Frame, cache: WindowCache) -> Tensor:
         if hidden_states.shape[1] > 1:
             return super().layer(index, hidden_states, frame, cache)
-        # For the length of the call, so that the base itself stays as it is; on the projection that is there now, since
-        # peft puts another module in its place.
-        hooks = [mixer.in_proj.register_forward_hook(clamp) for mixer, clamp in self._clamped[index]]
+        # For the length of the call, so that the base itself stays as it is; in the place of the projection that is
+        # there now, since peft puts another module there.
+        places = [(mixer._modules, mixer.in_proj) for mixer, _ in self._mixers[index]]
+        for mixer, least in self._mixers[index]:
+            known = self._clamped.get(id(mixer))
+            if known is None or known.projection is not mixer.in_proj:
+                known = self._clamped[id(mixer)] = _Clamped(mixer, least)
+            mixer._modules["in_proj"] = known
         try:
             return super().layer(index, hidden_states, frame, cache)
         finally:
-            for hook in hooks:
-                hook.remove()
+            for modules, projection in places:
+                modules["in_proj"] = projection
 
 
-def _clamp_step(mixer: Any, least: float, _: nn.Module, __: Any, projected: Tensor) -> Tensor:
-    n_heads = mixer.dt_bias.shape[0]
-    step = torch.maximum(projected[..., -n_heads:], (least - mixer.dt_bias).to(projected.dtype))
-    return torch.cat([projected[..., :-n_heads], step], -1)
+class _Clamped(nn.Module):
+    """A mixer's projection, with its time step clamped; it holds both without being their parent."""
+
+    projection: nn.Module
+    mixer: Any
+
+    def __init__(self, mixer: Any, least: float) -> None:
+        super().__init__()
+        self.__dict__ |= {"mixer": mixer, "projection": mixer.in_proj, "least": least}
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        bias = self.mixer.dt_bias
+        projected = self.projection(hidden_states)
+        step = torch.maximum(projected[..., -len(bias) :], (self.least - bias).to(projected.dtype))
+        return torch.cat([projected[..., : -len(bias)], step], -1)
 
 
 class Zamba2Host(ClampedMambaHost):

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple, overload
 
 import torch
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from sleepify.cache import SleepCache
 from sleepify.conversation import Conversation, front, in_common, render, settled, vocabulary_digest
 from sleepify.errors import CheckpointError
 from sleepify.generation import answer_keywords, left_padded
 from sleepify.modeling import SleepForCausalLM
+from sleepify.progress import Progress, bar
 from sleepify.session_file import read_with_notes, write_session
 from sleepify.snapshot import Snapshot
-
-Progress = Callable[[int, int], None]
 
 # Windows that are read between two reports of progress.
 _PIECE = 8
@@ -362,7 +360,7 @@ class Session:
         device, window = self.model.device, int(self.model.config.window_size)
         nothing = torch.zeros(0, dtype=torch.long)
         ends = [*range(window - sum(self.cache.open_lengths) + (_PIECE - 1) * window + 1, len(ids), _PIECE * window)]
-        with _bar(len(ids) if ends and progress is None else 0) as shown:
+        with bar(len(ids) if ends and progress is None else 0) as shown:
             begin = 0
             for end in (*ends, len(ids)):
                 piece = torch.tensor([ids[begin:end]], device=device)
@@ -388,13 +386,3 @@ class Session:
 def _tokens(cache: SleepCache) -> list[int]:
     """Tokens of each row's text, pending ones too; one row of none for an empty session."""
     return [seen + len(ids) for seen, ids in zip(cache.seen, cache.pending, strict=True)] or [0]
-
-
-@contextmanager
-def _bar(total: int) -> Iterator[Progress]:
-    """A progress bar of transformers, for texts that have any."""
-    if not total:
-        yield lambda read, whole: None
-        return
-    with logging.tqdm(total=total, unit=" tokens", desc="reading", leave=False) as bar:
-        yield lambda read, whole: bar.update(read - bar.n) and None

@@ -42,7 +42,10 @@ EDGES: dict[str, set[str]] = {
     "sleep": {"errors", "memory", "recompute", "schedule", "settings", "snapshot"},
     "generation": {"cache", "packing", "rows"},
     "conversation": {"snapshot"},
-    "session": {"cache", "conversation", "errors", "generation", "modeling", "session_file", "snapshot"},
+    "progress": set(),
+    "session": {
+        *("cache", "conversation", "errors", "generation", "modeling", "progress", "session_file", "snapshot"),
+    },
     "loss": {"rows"},
     "on_demand": {"cache", "rows", "schedule", "settings", "sleep", "snapshot"},
     "hosts": {"errors", "memory"},

@@ -11,6 +11,7 @@ import torch
 from families import true_float64
 from tolerances import EXACT, assert_close
 from transformers import StoppingCriteria, TextStreamer
+from transformers.utils import logging
 
 from sleepify import CacheMismatchError, CheckpointError, Session, SleepCache
 from sleepify.conversation import render
@@ -486,3 +487,12 @@ def test_the_documented_example_is_what_users_type(model, words, tmp_path, monke
     names: dict = {}
     exec(compile(example, "docs/talk.md", "exec"), names)
     assert isinstance(names["session"], Session) and Path("book.safetensors").exists()
+
+
+def test_a_text_is_read_where_progress_is_hidden(session):
+    logging.disable_progress_bar()
+    try:
+        session.read(STORY * 4)
+    finally:
+        logging.enable_progress_bar()
+    assert session.cache.windows[0] > 0

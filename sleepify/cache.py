@@ -92,6 +92,11 @@ class SleepCache(Cache):
         return [] if self.now is None else list(self.now.windows)
 
     @property
+    def ephemeral(self) -> list[int]:
+        """Ephemeral tokens that are awake, per row; nothing else counts them."""
+        return [] if self.now is None else [len(own) for own in self.now.ephemeral]
+
+    @property
     def passes(self) -> list[int]:
         """Passes of the latest sleep, per row; 0 before the first."""
         return [] if self.now is None else list(self.now.passes)
@@ -159,6 +164,7 @@ class SleepCache(Cache):
             CacheMismatchError: if a row does not begin with what the session has read.
         """
         assert self.now is not None and self.now.digest is not None
+        # Of ephemeral tokens a session knows no more than that they are there: they are no part of the conversation.
         seen = self.now.seen
         rows = [ids[mask] for ids, mask in zip(input_ids, real, strict=True)]
         shown = max(seen)
@@ -176,10 +182,9 @@ class SleepCache(Cache):
         return [ids[count:] for ids, count in zip(rows, seen, strict=True)]
 
     def text_lengths(self) -> list[int]:
-        """Tokens of each row's text, also those that were made but not read yet."""
-        if self.now is None or not self.now.pending:
-            return self.seen
-        return [seen + len(unread) for seen, unread in zip(self.now.seen, self.now.pending, strict=True)]
+        """The position of each row's next token: all that were read or made, and ephemeral ones that are awake."""
+        waiting = map(len, self.pending)
+        return [sum(counts) for counts in zip(self.seen, self.ephemeral, waiting, strict=True)]
 
     # --- what transformers asks of a cache -------------------------------------------------------------------------
 
@@ -195,6 +200,11 @@ class SleepCache(Cache):
         """Keep the first ``max_length`` columns, or all but the last ``-max_length``; see `rewind`."""
         if not is_whole(max_length):
             raise ValueError(f"expected max_length to be a whole number, got {max_length!r}")
+        if max_length >= 0 and any(self.ephemeral):
+            raise ValueError(
+                f"expected no ephemeral tokens in the open window, of which columns know nothing, got {self.ephemeral} "
+                "per row; take back so many tokens with rewind(n) or crop(-n)"
+            )
         columns = self.get_seq_length() + max(map(len, self.pending), default=0)
         self.rewind(-max_length if max_length < 0 else max(0, columns - max_length))
 
@@ -240,6 +250,8 @@ class SleepCache(Cache):
 
     def rewind(self, n: int | Sequence[int]) -> None:
         """Take back the last ``n`` tokens of every row (or n per row), at most to the start of the open window.
+
+        Ephemeral tokens count, as long as they are awake.
 
         What is left of the open window is read again with the next call.
 
@@ -310,6 +322,7 @@ class SleepCache(Cache):
     def save(self, path: str | os.PathLike) -> None:
         """Write the session to one safetensors file, beside and renamed, with a digest of all that is in it.
 
+        Ephemeral tokens are left out, as if they had not been read: what follows them is read again after loading.
         Whoever loads it needs the same model.
         """
         if self.now is None:

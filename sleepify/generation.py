@@ -95,6 +95,9 @@ class SleepGeneration(GenerationMixin):
         Args:
             args, kwargs: those of ``GenerationMixin.generate``, any keyword of `forward` (``n_loops``), and
             new_tokens: with ``past_key_values``, ``inputs`` are only what is new in the conversation, not all of it.
+            ephemeral: [B, T] bool, tokens of the prompt that are read awake and never consolidated, see `forward`. What
+                is made after them is ordinary: it saw them, and is slept on for what it says. Whole conversations that
+                are handed over do not contain them.
         """
         cache = kwargs.get("past_key_values")
         self._check_marks(args[0] if args else kwargs.get("inputs", kwargs.get("input_ids")), cache, kwargs)
@@ -146,6 +149,11 @@ class SleepGeneration(GenerationMixin):
             mask = arguments.get("attention_mask")
             mask = torch.ones_like(input_ids) if mask is None else mask[:, -input_ids.shape[1] :]
             if cache.now is not None and not only_new:
+                if arguments.get("ephemeral") is not None:
+                    raise ValueError(
+                        "expected new_tokens=True with ephemeral tokens and a session that has read something, got a "
+                        "whole conversation, of which they are no part"
+                    )
                 rows = cache.unread(input_ids, mask.bool())
                 input_ids, mask = left_padded(rows)
                 # It is among what was handed over.
@@ -188,6 +196,10 @@ class SleepGeneration(GenerationMixin):
             input_ids = input_ids[:, -1:]
             attention_mask = None if ended is None else ended.going_on()
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": past_key_values}
+        if (ephemeral := kwargs.pop("ephemeral", None)) is not None and (is_first_iteration or past_key_values is None):
+            # Without a session every step reads the whole text anew.
+            made = 0 if is_first_iteration else max(0, input_ids.shape[1] - ephemeral.shape[1])
+            inputs["ephemeral"] = ephemeral if not made else torch.nn.functional.pad(ephemeral, (0, made))
         # transformers counts positions itself, which a session knows, and has made stop strings of the tokenizer.
         dropped = ("labels", "position_ids", "cache_position", "tokenizer")
         return inputs | {name: value for name, value in kwargs.items() if name not in dropped}

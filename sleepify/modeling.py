@@ -205,6 +205,7 @@ class SleepForCausalLM(
         n_loops: int | None = None,
         num_items_in_batch: int | Tensor | None = None,
         awake: Tensor | None = None,
+        ephemeral: Tensor | None = None,
         inputs_embeds: None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -235,6 +236,9 @@ class SleepForCausalLM(
             awake: [B, T] bool, tokens to read awake although nothing is asked of them. When given, also with none set,
                 which layers are called depends on nothing but the windows slept on and read awake, as FSDP and ZeRO
                 need it.
+            ephemeral: [B, T] bool, tokens that are read awake and never consolidated (a secret, a tool's scratch). They
+                see and are seen by what is awake until their row sleeps next; from then on the session is the one that
+                never read them. They fill no window: one that follows a full window is read before it is slept on.
             inputs_embeds, output_attentions, output_hidden_states: wrappers such as peft name them; they must be off,
                 since sleep replays ids, and hidden states of several passes have no place in one tuple.
             position_ids, cache_position, token_type_ids: must say what is so anyway. Positions that begin at 0 again,
@@ -256,7 +260,16 @@ class SleepForCausalLM(
         boundaries = (seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         marks = Marks(position_ids, cache_position, token_type_ids, *boundaries)
         reading = self._read(
-            input_ids, attention_mask, past_key_values, labels, use_cache, logits_to_keep, n_loops, awake, marks
+            input_ids,
+            attention_mask,
+            past_key_values,
+            labels,
+            use_cache,
+            logits_to_keep,
+            n_loops,
+            awake,
+            marks,
+            ephemeral,
         )
         loss, logits = reading.predict(num_items_in_batch)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=reading.keep())
@@ -272,6 +285,7 @@ class SleepForCausalLM(
         n_loops: int | None = None,
         awake: Tensor | None = None,
         marks: Marks | None = None,
+        ephemeral: Tensor | None = None,
     ) -> Reading:
         """Read tokens as `forward` says, for what it or the backbone does with them."""
         if past_key_values is not None and not isinstance(past_key_values, SleepCache):
@@ -285,7 +299,7 @@ class SleepForCausalLM(
         cache = past_key_values
         kept = labels is None if use_cache is None else use_cache
         given = (input_ids, attention_mask, labels, awake, logits_to_keep)
-        session, tokens = self._take_in(*given, cache, settings, kept, marks)
+        session, tokens = self._take_in(*given, cache, settings, kept, marks, ephemeral)
         if use_cache is None:
             by_default = not (labels is not None or self.training or tokens.right_padded or tokens.packed)
             use_cache = cache is not None or by_default
@@ -305,8 +319,9 @@ class SleepForCausalLM(
             settings.window_size,
             keep=use_cache,
             mixes_lengths=blocks.masks_padding,
-            may_share=settings.may_share and awake is None,
+            may_share=settings.may_share and awake is None and tokens.ephemeral is None and not any(session.ephemeral),
             backprop_windows=settings.backprop_windows if torch.is_grad_enabled() else None,
+            ephemeral=tokens.ephemeral,
         )
         # Where each pass is recomputed by itself, a cast per pass takes no more memory than one for all.
         with cast_per_use(settings.checkpoint == "loop"):
@@ -317,7 +332,7 @@ class SleepForCausalLM(
         if use_cache:
             # What is read outside training is a constant: a session must not hold every graph since its beginning.
             after = session if self.training else session.map(Tensor.detach)
-            after = replace(after, columns=after.columns + input_ids.shape[1])
+            after = replace(after, columns=after.columns + tokens.lasting_columns())
         return Reading(blocks, pieces, plan, tokens, cache, after, self.objective, whole=awake is not None)
 
     def _take_in(
@@ -331,19 +346,20 @@ class SleepForCausalLM(
         settings: Settings,
         kept: bool,
         marks: Marks | None,
+        ephemeral: Tensor | None,
     ) -> tuple[Snapshot, Rows]:
         """The session that a call goes on from, and its batch, before which comes what the session must read first."""
         vocabulary = self.config.text_config.vocab_size
         past = None if cache is None else cache.get_seq_length()
         read = None if cache is None else cache.text_lengths()
-        tokens = Rows.of(input_ids, mask, labels, awake, keep, vocabulary, past, marks, read)
+        tokens = Rows.of(input_ids, mask, labels, awake, keep, vocabulary, past, marks, read, ephemeral)
         owner, window_size = self.owner_of(settings), settings.window_size
         if cache is None:
             return Snapshot.empty(owner, len(tokens.lengths), window_size, input_ids.device, kept), tokens
         session = cache.begin(owner, input_ids.shape[0], window_size, input_ids.device)
-        first = session.first()
+        first, own = session.first()
         if any(len(ids) for ids in first):
-            tokens = tokens.after(first)
+            tokens = tokens.after(first, own)
         return session.from_start(), tokens
 
     def owner_of(self, settings: Settings) -> str:

@@ -50,6 +50,7 @@ class SleepOnDemand:
         if waiting := [row for row in chosen if session.pending and len(session.pending[row])]:
             read = self._read_pending(blocks, session.select(waiting), settings)
             session = session.put(waiting, read)
+        session = session.lasting(chosen)
         awake: dict[int, list[int]] = {}
         for row in chosen:
             if length := session.open_lengths[row]:
@@ -63,7 +64,7 @@ class SleepOnDemand:
         """The session with nothing unread."""
         model: Any = self
         first = session.first()
-        tokens = Rows.nothing(session.batch_size, session.open_ids.device).after(first)
+        tokens = Rows.nothing(session.batch_size, session.open_ids.device).after(*first)
         session = session.from_start()
         plan = schedule(
             session.open_lengths,
@@ -72,5 +73,6 @@ class SleepOnDemand:
             settings.window_size,
             keep=True,
             mixes_lengths=blocks.masks_padding,
+            ephemeral=tokens.ephemeral,
         )
         return algorithm.read(blocks, session, tokens.ids, plan.rounds, settings, keep=True, watch=model.watch)[0]

@@ -38,6 +38,7 @@ class Rows:
         labelled: [B, W] bool, aligned tokens whose next token has a label; None without labels.
         labels: [batch, T] as given.
         right_padded: whether a row ends in padding.
+        ephemeral: [B, W] bool, aligned tokens that are read awake and never consolidated; None if there are none.
     """
 
     ids: Tensor
@@ -50,6 +51,7 @@ class Rows:
     labelled: np.ndarray | None
     labels: Tensor | None
     right_padded: bool
+    ephemeral: np.ndarray | None = None
 
     @classmethod
     def of(
@@ -63,6 +65,7 @@ class Rows:
         past: int | None = None,
         marks: Marks | None = None,
         seen: Sequence[int] | None = None,
+        ephemeral: Tensor | None = None,
     ) -> Rows:
         """Check a batch and take it apart.
 
@@ -76,6 +79,7 @@ class Rows:
             past: columns read before in this session; None without one.
             marks: what else the caller says: positions, and where texts begin.
             seen: tokens of each row read before in this session; None without one.
+            ephemeral: [B, T] bool, tokens that are read awake and never consolidated.
 
         Raises:
             TypeError, ValueError: for what is no batch, saying what was expected.
@@ -89,10 +93,12 @@ class Rows:
         if labels is not None:
             labels = _whole(labels, "labels", like=ids)
             given["labels"] = labels != IGNORE
-        if awake is not None:
-            if not isinstance(awake, Tensor) or awake.dtype != torch.bool or awake.shape != ids.shape:
-                raise ValueError(f"expected awake to be bool of shape {tuple(ids.shape)}, got {_describe(awake)}")
-            given["awake"] = awake
+        for name, chosen in (("awake", awake), ("ephemeral", ephemeral)):
+            if chosen is None:
+                continue
+            if not isinstance(chosen, Tensor) or chosen.dtype != torch.bool or chosen.shape != ids.shape:
+                raise ValueError(f"expected {name} to be bool of shape {tuple(ids.shape)}, got {_describe(chosen)}")
+            given[name] = chosen
         if marks is not None:
             given |= marks.tensors(batch, width)
         _check_range("input_ids", ids, vocabulary)
@@ -128,7 +134,9 @@ class Rows:
             wanted |= labelled
         everything = wanted.all()
         wanted = None if everything else wanted
-        return cls(ids, lengths, batch, width, source, columns, wanted, labelled, labels, right_padded)
+        passing = _move(here["ephemeral"].astype(bool), source) & aligned if "ephemeral" in here else None
+        passing = passing if passing is not None and passing.any() else None
+        return cls(ids, lengths, batch, width, source, columns, wanted, labelled, labels, right_padded, passing)
 
     @property
     def packed(self) -> bool:
@@ -141,8 +149,8 @@ class Rows:
         ids, none = torch.zeros(batch, 0, dtype=torch.long, device=device), np.zeros(0, dtype=np.int64)
         return cls(ids, [0] * batch, batch, 0, None, none, np.zeros((batch, 0), dtype=bool), None, None, False)
 
-    def after(self, first: Sequence[Tensor]) -> Rows:
-        """The same rows behind other tokens [n], of which nothing is asked."""
+    def after(self, first: Sequence[Tensor], ephemeral: Sequence[Sequence[int]]) -> Rows:
+        """The same rows behind other tokens [n], of which nothing is asked; ``ephemeral`` says which of them are."""
         batch, extra = len(first), [len(ids) for ids in first]
         lengths = [more + length for more, length in zip(extra, self.lengths, strict=True)]
         whole = [torch.cat([a.to(b.device), b[:n]]) for a, b, n in zip(first, self.ids, self.lengths, strict=True)]
@@ -152,12 +160,28 @@ class Rows:
         source = np.full(tuple(ids.shape), -1, dtype=np.int64)
         wanted = np.zeros(tuple(ids.shape), dtype=bool)
         labelled = None if self.labelled is None else wanted.copy()
+        passing = wanted.copy()
         for row, (more, length) in enumerate(zip(extra, self.lengths, strict=True)):
             here = slice(more, more + length)
             source[row, here], wanted[row, here] = given[row, :length], known[row, :length]
             if labelled is not None and self.labelled is not None:
                 labelled[row, here] = self.labelled[row, :length]
-        return replace(self, ids=ids, lengths=lengths, source=source, wanted=wanted, labelled=labelled)
+            passing[row, list(ephemeral[row])] = True
+            if self.ephemeral is not None:
+                passing[row, here] = self.ephemeral[row, :length]
+        moved = {"wanted": wanted, "labelled": labelled, "ephemeral": passing if passing.any() else None}
+        return replace(self, ids=ids, lengths=lengths, source=source, **moved)
+
+    def lasting_columns(self) -> int:
+        """How many of the T columns do not hold ephemeral tokens only."""
+        if self.ephemeral is None:
+            return self.width
+        rows, columns = np.indices(self.ephemeral.shape)
+        given = self._given(rows, columns) % self.width
+        real = columns < np.asarray(self.lengths)[:, None]
+        real &= True if self.source is None else self.source >= 0
+        fleeting = set(given[real & self.ephemeral].tolist()) - set(given[real & ~self.ephemeral].tolist())
+        return self.width - len(fleeting)
 
     def targets(self, rows: np.ndarray, columns: np.ndarray) -> tuple[Tensor, int]:
         """The labels of the tokens after these aligned ones [M], -100 where there is none, and how many there are."""

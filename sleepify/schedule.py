@@ -2,6 +2,7 @@
 
 Rows of a batch fill their windows at different steps. In every round each row that has tokens left first sleeps on its
 window if that is full, then takes tokens up to the window's end; it reads them awake if something is asked of them.
+Ephemeral tokens fill no window: they are taken with the ordinary ones before them.
 `schedule` makes the list of rounds from lengths alone. `sleep.read` carries it out, ranks agree on it before a step,
 and `cost` says what it takes at least. `passes` does the same for the inside of one sleep.
 
@@ -105,13 +106,27 @@ class Wake:
 
 @dataclass(frozen=True)
 class Round:
-    """Sleep, then take ``counts`` tokens of ``rows`` from column ``starts`` on, of which some are read awake."""
+    """Sleep, then take ``counts`` tokens of ``rows`` from column ``starts`` on, of which some are read awake.
+
+    Attributes:
+        ephemeral: columns of the ephemeral ones among them, per row; empty if no row of the call has any.
+    """
 
     sleeps: tuple[Sleep, ...]
     rows: tuple[int, ...]
     starts: tuple[int, ...]
     counts: tuple[int, ...]
     wakes: tuple[Wake, ...]
+    ephemeral: tuple[tuple[int, ...], ...] = ()
+
+    def ordinary(self) -> dict[int, np.ndarray]:
+        """The columns of the others, by row."""
+        taken = {}
+        for place, (row, start, count) in enumerate(zip(self.rows, self.starts, self.counts, strict=True)):
+            columns = np.arange(start, start + count)
+            own = self.ephemeral[place] if self.ephemeral else ()
+            taken[row] = np.setdiff1d(columns, own, assume_unique=True) if own else columns
+        return taken
 
 
 @dataclass(frozen=True)
@@ -138,46 +153,49 @@ def schedule(
     mixes_lengths: bool = True,
     may_share: bool = False,
     backprop_windows: int | None = None,
+    ephemeral: np.ndarray | None = None,
 ) -> Schedule:
     """The rounds of one call.
 
     Args:
-        open_lengths: tokens in each row's open window, 0 to L.
+        open_lengths: ordinary tokens in each row's open window, 0 to L.
         lengths: new tokens per row.
         wanted: [B, T] bool, tokens of which something is asked, in the columns of the new tokens; None for all.
         window_size: L.
         keep: whether the session is read on from, so that every token counts and the open window must end awake.
         mixes_lengths: whether rows of different length leave the state behind that each leaves alone.
-        may_share: whether a sleep may begin with the wake pass over the same window.
+        may_share: whether a sleep may begin with the wake pass over the same window, which no ephemeral token saw.
         backprop_windows: gradient through the last k sleeps of a row only; None for all.
+        ephemeral: [B, T] bool, new tokens that are; None for none.
     """
     batch = len(lengths)
     fits = all(0 < length <= window_size - have for have, length in zip(open_lengths, lengths, strict=True))
-    if wanted is None and fits and len(set(lengths)) == 1:
+    if wanted is None and ephemeral is None and fits and len(set(lengths)) == 1:
         # A token of every row, or a prompt within the window: nobody sleeps, all are read together.
         rows, whole = tuple(range(batch)), tuple(lengths)
         every = np.repeat(np.arange(batch), lengths[0]), np.tile(np.arange(lengths[0]), batch)
         return Schedule((Round((), rows, (0,) * batch, whole, (Wake(rows, whole),)),), *every)
-    asked = _Asked.of(open_lengths, lengths, wanted, window_size)
+    windows = _windows(open_lengths, max(lengths, default=0), window_size, ephemeral)
+    asked = _Asked.of(lengths, wanted, windows)
     ends = list(lengths) if keep else asked.ends
-    # A full window sleeps only when a token follows it, hence the -1.
-    n_sleeps = [(have + end - 1) // window_size if end else 0 for have, end in zip(open_lengths, ends, strict=True)]
+    stops = _stops(windows)
+    n_sleeps = [int(of[end - 1]) if end else 0 for of, end in zip(windows, ends, strict=True)]
     reach = math.inf if backprop_windows is None else backprop_windows
-    have, done = list(open_lengths), [0] * batch
+    window, done = [0] * batch, [0] * batch
     active = [row for row in range(batch) if ends[row]]
     rounds: list[Round] = []
     chosen: list[np.ndarray] = []
     shared: tuple[int, ...] = ()
     while active:
-        sleeping = [row for row in active if have[row] == window_size]
+        sleeping = [row for row in active if done[row] == stops[row][window[row]]]
         far, near = (tuple(row for row in sleeping if (n_sleeps[row] <= reach) == is_near) for is_near in (False, True))
         sleeps = [Sleep(far, gradient=False)] if far else []
         if near:
             sleeps.append(Sleep(near, shares=near == shared))
         for row in sleeping:
             n_sleeps[row] -= 1
-            have[row] = 0
-        counts = {row: min(ends[row] - done[row], window_size - have[row]) for row in active}
+            window[row] += 1
+        counts = {row: min(ends[row], stops[row][window[row]]) - done[row] for row in active}
         later = [row for row in active if done[row] + counts[row] < ends[row]]
         ending = {row for row in active if done[row] + counts[row] == ends[row]} if keep else set()
         # Those that sleep next with gradient; a wake pass over just their whole windows may be their first.
@@ -198,13 +216,35 @@ def schedule(
         shared = shared if any(wake.shares for wake in wakes) else ()
         starts = tuple(done[row] for row in active)
         taken = tuple(counts[row] for row in active)
-        rounds.append(Round(tuple(sleeps), tuple(active), starts, taken, tuple(wakes)))
+        own: tuple[tuple[int, ...], ...] = ()
+        if ephemeral is not None:
+            spans = ((row, slice(done[row], done[row] + counts[row])) for row in active)
+            own = tuple(tuple((ephemeral[row, span].nonzero()[0] + span.start).tolist()) for row, span in spans)
+        rounds.append(Round(tuple(sleeps), tuple(active), starts, taken, tuple(wakes), own))
         for row in active:
             done[row] += counts[row]
-            have[row] += counts[row]
         active = later
     order = np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int64)
     return Schedule(tuple(rounds), asked.rows[order], asked.columns[order])
+
+
+def _windows(open_lengths: Sequence[int], width: int, window_size: int, ephemeral: np.ndarray | None) -> np.ndarray:
+    """Of which window of its row each new token is, [B, T], the open one being 0.
+
+    A full window sleeps only when an ordinary token follows it, hence the -1.
+    """
+    before = np.asarray(open_lengths, dtype=np.int64)[:, None]
+    counted = np.arange(1, width + 1)[None, :] if ephemeral is None else (~ephemeral[:, :width]).cumsum(1)
+    return np.maximum(before + counted - 1, 0) // window_size
+
+
+def _stops(windows: np.ndarray) -> list[list[int]]:
+    """The column after the last token of each window, by row and window."""
+    batch, width = windows.shape
+    n_windows = int(windows.max(initial=0)) + 1
+    step = np.arange(batch)[:, None] * n_windows
+    ends = (windows + step).reshape(-1).searchsorted((np.arange(n_windows) + step).reshape(-1), side="right")
+    return (ends.reshape(batch, n_windows) - np.arange(batch)[:, None] * width).tolist()
 
 
 def _groups(rows: Iterable[int], keys: dict[int, int], together: bool) -> list[tuple[int, ...]]:
@@ -232,15 +272,12 @@ class _Asked:
     ends: list[int]
 
     @classmethod
-    def of(
-        cls, open_lengths: Sequence[int], lengths: Sequence[int], wanted: np.ndarray | None, window_size: int
-    ) -> _Asked:
+    def of(cls, lengths: Sequence[int], wanted: np.ndarray | None, windows: np.ndarray) -> _Asked:
         width = max(lengths, default=0)
         real = np.arange(width)[None, :] < np.asarray(lengths, dtype=np.int64)[:, None]
         rows, columns = (real if wanted is None else wanted[:, :width] & real).nonzero()
-        before = np.asarray(open_lengths, dtype=np.int64)
         # A row that begins with a full window closes it in its first round already.
-        number = (before[rows] + columns) // window_size - before[rows] // window_size
+        number = windows[rows, columns] - windows[rows, 0] if width else rows
         order = number.argsort(kind="stable")
         rows, columns, number = rows[order], columns[order], number[order]
         n_rounds = int(number[-1]) + 1 if number.size else 0

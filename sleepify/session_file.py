@@ -28,7 +28,11 @@ _IDS = re.compile(r"open_ids|digest|pending\.\d+")
 
 
 def write_session(path: str | os.PathLike, session: Snapshot, notes: Mapping[str, str] | None = None) -> None:
-    """Write ``path`` beside and rename it; ``notes`` stay beside the tensors, covered by the digest."""
+    """Write ``path`` beside and rename it; ``notes`` stay beside the tensors, covered by the digest.
+
+    Ephemeral tokens are left out, as if they had not been read.
+    """
+    session = session.lasting()
     tensors = {"open_ids": session.open_ids} | {f"pending.{row}": ids for row, ids in enumerate(session.pending)}
     if session.digest is not None:
         tensors["digest"] = session.digest
@@ -152,6 +156,7 @@ def _sorted_out(path: str | os.PathLike, counts: dict[str, Any], tensors: dict[s
         owner=counts["owner"],
         memory=Memory(len(lengths), states["state"], kv, lengths),
         at_start=states["start"],
+        ephemeral=((),) * len(lengths),
         open_ids=ids["open_ids"],
         pending=tuple(ids[name] for row in range(len(lengths)) if (name := f"pending.{row}") in ids),
         digest=ids.get("digest"),

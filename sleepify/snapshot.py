@@ -1,7 +1,8 @@
 """Snapshot: a session at one moment, as a value. Row by row, because rows fill their windows at different steps.
 
 A row has an *open window*: up to L tokens read awake, whose ids are kept so that sleep can replay them from the state
-at the window's start. Every operation returns a new snapshot and leaves the old one alone.
+at the window's start. Ephemeral tokens may stand between them until the next sleep: they count nowhere, and `lasting`
+is the session that never read them. Every operation returns a new snapshot and leaves the old one alone.
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from sleepify.ephemeral import Ephemeral, among, note, take_back
 from sleepify.memory import LayerKey, LayerState, Memory, index_of
 from sleepify.schedule import Round, Wake
 from sleepify.settings import Settings
 
-_COUNTS = ("open_lengths", "retained", "seen", "windows", "passes", "stale")
+_COUNTS = ("open_lengths", "retained", "seen", "windows", "passes", "stale", "ephemeral")
 # An odd multiplier of full period modulo 2^64 (Knuth's), so that every token of a text moves every later digest.
 _MULTIPLIER = 6364136223846793005
 
@@ -51,6 +54,7 @@ class Snapshot:
         passes: passes of the latest sleep, per row.
         stale: rows whose memory is that at the start of the open window, although ``open_ids`` says what was read
             since: it is to be read again before anything else is.
+        ephemeral: ephemeral tokens in the open window, per row.
         pending: ids [n] per row that belong to the text but were not read yet; empty if there are none in any row.
         digest: of all ids up to the start of the open window, [B]; None where nobody will ask.
         columns: columns of ``input_ids`` consumed, padding included.
@@ -67,6 +71,7 @@ class Snapshot:
     windows: tuple[int, ...]
     passes: tuple[int, ...]
     stale: tuple[bool, ...]
+    ephemeral: tuple[Ephemeral, ...]
     pending: tuple[Tensor, ...] = ()
     digest: Tensor | None = None
     columns: int = 0
@@ -86,25 +91,33 @@ class Snapshot:
         nothing = (0,) * batch_size
         ids = torch.zeros(batch_size, window_size, dtype=torch.long, device=device)
         digest = ids.new_zeros(batch_size) if kept else None
-        stale = (False,) * batch_size
-        return cls(owner, Memory(batch_size), {}, ids, *(nothing,) * 5, stale, (), digest, fixed_shapes=fixed_shapes)
+        rows: Any = ((False,) * batch_size, ((),) * batch_size)
+        return cls(owner, Memory(batch_size), {}, ids, *(nothing,) * 5, *rows, (), digest, fixed_shapes=fixed_shapes)
 
     @property
     def batch_size(self) -> int:
         """B."""
         return len(self.seen)
 
+    @property
+    def awake_lengths(self) -> tuple[int, ...]:
+        """Tokens that are awake, ephemeral ones too, per row."""
+        return tuple(length + len(extra) for length, extra in zip(self.open_lengths, self.ephemeral, strict=True))
+
     # --- text ------------------------------------------------------------------------------------------------------
 
-    def first(self) -> list[Tensor]:
-        """What each row must read before anything new: its open window if that is stale, and what is pending."""
+    def first(self) -> tuple[list[Tensor], list[list[int]]]:
+        """What each row must read before anything new, its open window if that is stale and what is pending; and which
+        of it is ephemeral.
+        """
         nothing = self.open_ids[0, :0] if self.batch_size else self.open_ids.new_zeros(0)
         pending = self.pending or (nothing,) * self.batch_size
         reread = [
-            self.open_ids[row, :length] if stale else nothing
+            among(self.open_ids[row, :length], self.ephemeral[row]) if stale else (nothing, [])
             for row, (length, stale) in enumerate(zip(self.open_lengths, self.stale, strict=True))
         ]
-        return [torch.cat(both) for both in zip(reread, pending, strict=True)]
+        whole = [torch.cat([ids, more]) for (ids, _), more in zip(reread, pending, strict=True)]
+        return whole, [places for _, places in reread]
 
     def from_start(self) -> Snapshot:
         """Where stale rows have read nothing of their open window, and nothing is pending: `first` is read next."""
@@ -116,6 +129,7 @@ class Snapshot:
             open_lengths=_minus(self.open_lengths, back),
             seen=_minus(self.seen, back),
             stale=(False,) * self.batch_size,
+            ephemeral=tuple(() if stale else own for own, stale in zip(self.ephemeral, self.stale, strict=True)),
             pending=(),
         )
 
@@ -126,7 +140,7 @@ class Snapshot:
             ValueError: for more than there are.
         """
         waiting = [len(ids) for ids in self.pending] or [0] * self.batch_size
-        most = [have + more for have, more in zip(self.open_lengths, waiting, strict=True)]
+        most = [have + more for have, more in zip(self.awake_lengths, waiting, strict=True)]
         if any(not 0 <= count <= limit for count, limit in zip(counts, most, strict=True)):
             raise ValueError(
                 f"expected to take back at most {most} tokens, those of the open window (what was slept on is in the "
@@ -134,26 +148,47 @@ class Snapshot:
             )
         unread = [min(count, more) for count, more in zip(counts, waiting, strict=True)]
         back = [count - gone for count, gone in zip(counts, unread, strict=True)]
-        rows = [row for row, count in enumerate(back) if count and not self.stale[row]]
-        memory = self.memory.put(rows, self.before_window(rows).or_zeros(self.memory)) if rows else self.memory
         pending = tuple(ids[: len(ids) - gone] for ids, gone in zip(self.pending, unread, strict=False))
+        texts = zip(self.open_lengths, self.ephemeral, back, strict=True)
+        ordinary, ephemeral = zip(*(take_back(*text) for text in texts), strict=True)
         return replace(
-            self,
-            memory=memory,
-            open_lengths=_minus(self.open_lengths, back),
-            seen=_minus(self.seen, back),
-            stale=tuple(stale or count > 0 for stale, count in zip(self.stale, back, strict=True)),
+            self._stale_in([row for row, count in enumerate(back) if count]),
+            open_lengths=_minus(self.open_lengths, ordinary),
+            seen=_minus(self.seen, ordinary),
+            ephemeral=ephemeral,
             pending=pending if any(len(ids) for ids in pending) else (),
-            columns=max(0, self.columns - max(back, default=0)),
+            columns=max(0, self.columns - max(ordinary)),
         )
 
     def at_rest(self) -> Snapshot:
         """The same without the keys of its open window, which the next call reads again: to be set aside."""
-        rows = [row for row, length in enumerate(self.open_lengths) if length and not self.stale[row]]
+        return self._stale_in([row for row, length in enumerate(self.awake_lengths) if length])
+
+    def lasting(self, rows: Sequence[int] | None = None) -> Snapshot:
+        """The same where these rows (all by default) have read no ephemeral token, and nothing in sight of one."""
+        chosen = range(self.batch_size) if rows is None else rows
+        contaminated = [row for row in chosen if self.ephemeral[row]]
+        if not contaminated:
+            return self
+        session = self._stale_in(contaminated)
+        # Where nothing else is open there is nothing to read again.
+        stale = (
+            old and (own > 0 or row not in contaminated)
+            for row, (old, own) in enumerate(zip(session.stale, self.open_lengths, strict=True))
+        )
+        ephemeral = (() if row in contaminated else own for row, own in enumerate(self.ephemeral))
+        return replace(session, stale=tuple(stale), ephemeral=tuple(ephemeral))
+
+    def _stale_in(self, rows: Sequence[int]) -> Snapshot:
+        """With the memory of these rows as it was at the start of their open window."""
+        rows = [row for row in rows if not self.stale[row]]
         if not rows:
             return self
-        memory = self.memory.put(rows, self.before_window(rows).or_zeros(self.memory))
-        return replace(self, memory=memory, stale=tuple(row in rows or old for row, old in enumerate(self.stale)))
+        before = self.before_window(rows)
+        if len(rows) < self.batch_size:
+            before = before.or_zeros(self.memory)
+        memory = self.memory.put(rows, before)
+        return replace(self, memory=memory, stale=tuple(old or row in rows for row, old in enumerate(self.stale)))
 
     # --- awake -----------------------------------------------------------------------------------------------------
 
@@ -168,13 +203,15 @@ class Snapshot:
             columns = torch.tensor(starts)[:, None] + torch.arange(width)[None, :]
             ids = ids.gather(1, columns.clamp_(max=input_ids.shape[1] - 1).to(ids.device, non_blocking=True))
         first = self.seen if sliding else self.open_lengths
-        return Window(ids, group.counts, tuple(first[row] for row in group.rows))
+        return Window(ids, group.counts, tuple(first[row] + len(self.ephemeral[row]) for row in group.rows))
 
     def awake(self, rows: Sequence[int], n_tokens: int, settings: Settings) -> Memory:
         """The memory that these rows go on with when they read so many tokens."""
         memory = self.memory.select(rows)
         if self.fixed_shapes and (n_tokens == 1 or memory.room):
-            memory = memory.with_room(settings.window_size + settings.retained, n_tokens)
+            columns = settings.window_size + settings.retained + max(len(self.ephemeral[row]) for row in rows)
+            # Beyond them if this call has ephemeral tokens.
+            memory = memory.with_room(max(columns, max(memory.kv_lengths) + n_tokens), n_tokens)
         return memory
 
     def remember(self, rows: Sequence[int], memory: Memory) -> Snapshot:
@@ -182,29 +219,26 @@ class Snapshot:
         return replace(self, memory=self.memory.put(rows, memory))
 
     def append(self, each: Round, input_ids: Tensor) -> Snapshot:
-        """Count a round's tokens in and keep their ids for the replay."""
-        open_lengths, seen = list(self.open_lengths), list(self.seen)
-        if len(each.rows) == self.batch_size and all(
-            len(set(values)) == 1 for values in (each.starts, each.counts, open_lengths)
-        ):
+        """Count a round's tokens in and keep their ids, for the replay if they are not ephemeral."""
+        open_lengths, seen, ephemeral = list(self.open_lengths), list(self.seen), list(self.ephemeral)
+        together = len(each.rows) == self.batch_size and not any(each.ephemeral)
+        if together and all(len(set(values)) == 1 for values in (each.starts, each.counts, open_lengths)):
             have, start, count = open_lengths[0], each.starts[0], each.counts[0]
             open_ids = self.open_ids.clone()
             open_ids[:, have : have + count] = input_ids[:, start : start + count]
         else:
-            counts = torch.tensor(each.counts)[:, None]
-            offset = torch.arange(int(counts.max()))[None, :]
-            have_at = torch.tensor([open_lengths[row] for row in each.rows])[:, None] + offset
-            index = torch.stack(
-                torch.broadcast_tensors(
-                    torch.tensor(each.rows)[:, None], torch.tensor(each.starts)[:, None] + offset, have_at
-                )
-            )[:, offset < counts]
-            row, source, target = index.to(input_ids.device, non_blocking=True)
-            open_ids = self.open_ids.index_put((row, target), input_ids[row, source])
-        for row, count in zip(each.rows, each.counts, strict=True):
-            open_lengths[row] += count
-            seen[row] += count
-        return replace(self, open_ids=open_ids, open_lengths=tuple(open_lengths), seen=tuple(seen))
+            taken = each.ordinary()
+            index = [(np.full(len(c), row), c, open_lengths[row] + np.arange(len(c))) for row, c in taken.items()]
+            places = torch.from_numpy(np.concatenate(index, axis=1)).to(input_ids.device, non_blocking=True)
+            row_at, source, target = places
+            open_ids = self.open_ids.index_put((row_at, target), input_ids[row_at, source])
+        for place, (row, start, count) in enumerate(zip(each.rows, each.starts, each.counts, strict=True)):
+            own = each.ephemeral[place] if each.ephemeral else ()
+            ephemeral[row] += note(input_ids[row], own, start, open_lengths[row])
+            open_lengths[row] += count - len(own)
+            seen[row] += count - len(own)
+        counts = {"open_lengths": tuple(open_lengths), "seen": tuple(seen), "ephemeral": tuple(ephemeral)}
+        return replace(self, open_ids=open_ids, **counts)
 
     # --- asleep ----------------------------------------------------------------------------------------------------
 
@@ -228,7 +262,7 @@ class Snapshot:
         for row, length in zip(rows, memory.kv_lengths, strict=True):
             counts["open_lengths"][row], counts["retained"][row], counts["stale"][row] = 0, length, False
             counts["windows"][row] += 1
-            counts["passes"][row] = n_loops
+            counts["passes"][row], counts["ephemeral"][row] = n_loops, ()
         closed: dict[str, Any] = {name: tuple(values) for name, values in counts.items()}
         return replace(
             self,

@@ -113,7 +113,7 @@ class SleepCache(Cache):
             raise ValueError(
                 f"expected a session that has read something, to set its {', '.join(parts)}, got an empty one"
             )
-        self.now = replace(self.now, **parts)
+        self.now = replace(self.now.finished(), **parts)
 
     @property
     def state_bytes(self) -> int:
@@ -295,6 +295,24 @@ class SleepCache(Cache):
             parts.append(part)
         return parts
 
+    @property
+    def is_sleeping(self) -> bool:
+        """Whether a sleep in the background has still to take its place, see ``model.sleep``."""
+        return self.now is not None and self.now.nap is not None
+
+    def wait(self) -> SleepCache:
+        """Wait for a sleep in the background; what came meanwhile is read again with the next call.
+
+        Raises:
+            Exception: what the sleep failed with, once; after that the session is as if it had not been asked for.
+        """
+        if self.now is not None:
+            self.now = self.now.finished()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"now": None if self.now is None else self.now.finished()}
+
     def detach_(self) -> SleepCache:
         """Cut the gradient: what was read so far becomes a constant."""
         if self.now is not None:
@@ -316,7 +334,7 @@ class SleepCache(Cache):
             )
 
         if self.now is not None:
-            self.now = self.now.map(lambda tensor: tensor.to(device), ids=True)
+            self.now = self.now.finished().map(lambda tensor: tensor.to(device), ids=True)
         return self
 
     def save(self, path: str | os.PathLike) -> None:

@@ -149,6 +149,7 @@ class SleepGeneration(GenerationMixin):
             mask = arguments.get("attention_mask")
             mask = torch.ones_like(input_ids) if mask is None else mask[:, -input_ids.shape[1] :]
             if cache.now is not None and not only_new:
+                cache.wait()
                 if arguments.get("ephemeral") is not None:
                     raise ValueError(
                         "expected new_tokens=True with ephemeral tokens and a session that has read something, got a "

@@ -316,7 +316,8 @@ class SleepForCausalLM(
             session.open_lengths,
             tokens.lengths,
             tokens.wanted,
-            settings.window_size,
+            # L, or more while the window before is slept on in the background.
+            session.open_ids.shape[1],
             keep=use_cache,
             mixes_lengths=blocks.masks_padding,
             may_share=settings.may_share and awake is None and tokens.ephemeral is None and not any(session.ephemeral),
@@ -357,6 +358,7 @@ class SleepForCausalLM(
         if cache is None:
             return Snapshot.empty(owner, len(tokens.lengths), window_size, input_ids.device, kept), tokens
         session = cache.begin(owner, input_ids.shape[0], window_size, input_ids.device)
+        session = session.finished(None if tokens.ephemeral is not None else tokens.lengths)
         first, own = session.first()
         if any(len(ids) for ids in first):
             tokens = tokens.after(first, own)

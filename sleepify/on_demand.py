@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from sleepify import sleep as algorithm
+from sleepify.background import doze
 from sleepify.cache import SleepCache
 from sleepify.rows import Rows
 from sleepify.schedule import Sleep, schedule
@@ -19,7 +20,11 @@ class SleepOnDemand:
     """``model.sleep(cache)``."""
 
     def sleep(
-        self, past_key_values: SleepCache, n_loops: int | None = None, rows: Sequence[int] | None = None
+        self,
+        past_key_values: SleepCache,
+        n_loops: int | None = None,
+        rows: Sequence[int] | None = None,
+        background: bool = False,
     ) -> SleepCache:
         """Consolidate what is awake in a session now, also a window that is only part full (contract 2).
 
@@ -27,10 +32,17 @@ class SleepOnDemand:
             past_key_values: the session; it is moved forward and returned.
             n_loops: another N for this sleep.
             rows: which rows sleep; all by default.
+            background: return at once, and let a thread (on CUDA with a stream of its own) make the sleep. Tokens that
+                come meanwhile, up to L per row, are read awake with the old window's keys still there. The first call
+                that finds the sleep done reads them anew behind it, so that the session is what it would be had this
+                sleep been waited for. Whatever cannot go on meanwhile waits: more tokens, ephemeral tokens, whole
+                conversations, another sleep, ``save``, ``rewind``, rows; `SleepCache.wait` does only that. A sleep that
+                fails raises in the call that would have found it done, and is as if it had not been asked for.
 
         Raises:
             TypeError: for what is no session.
-            ValueError: for a session that has read nothing, or rows that it does not have.
+            ValueError: for a session that has read nothing, or rows that it does not have; in the background for some
+                of its rows, in training, or with a base some of whose layers are changed for the length of a call.
         """
         if not isinstance(past_key_values, SleepCache):
             raise TypeError(f"expected past_key_values to be a SleepCache, got {type(past_key_values).__name__}")
@@ -40,13 +52,32 @@ class SleepOnDemand:
         settings = model.options(n_loops)
         blocks = model.host_of(settings)
         batch = past_key_values.get_batch_size()
-        session = past_key_values.begin(
-            model.owner_of(settings), batch, settings.window_size, past_key_values.now.open_ids.device
-        )
+        owner, device = model.owner_of(settings), past_key_values.now.open_ids.device
+        session = past_key_values.begin(owner, batch, settings.window_size, device)
         chosen = range(batch) if rows is None else rows
         listed = isinstance(chosen, (list, tuple, range)) and all(is_whole(row) and 0 <= row < batch for row in chosen)
         if not listed or len(set(chosen)) != len(chosen):
             raise ValueError(f"expected a list of different rows from 0 to {batch - 1}, got {rows!r}")
+        if not background:
+            session = self._slept(blocks, session.finished(), settings, chosen)
+            past_key_values.now = session if model.training else session.map(Tensor.detach)
+            return past_key_values
+        if rows is not None or model.training or blocks.changes_modules:
+            raise ValueError(
+                "expected background=True for all rows, in evaluation, and with a base that several threads may call "
+                "(not under flash attention with sliding eviction, nor Mamba-2 layers with a least time step), got "
+                f"rows={rows}, training={model.training}, {model.config.text_config.model_type}; leave background out"
+            )
+        past_key_values.now = doze(
+            session.finished(), lambda before: self._slept(blocks, before, settings, chosen).map(Tensor.detach)
+        )
+        return past_key_values
+
+    def _slept(
+        self, blocks: algorithm.Blocks, session: Snapshot, settings: Settings, chosen: Sequence[int]
+    ) -> Snapshot:
+        """The session once these rows have slept."""
+        model: Any = self
         if waiting := [row for row in chosen if session.pending and len(session.pending[row])]:
             read = self._read_pending(blocks, session.select(waiting), settings)
             session = session.put(waiting, read)
@@ -57,8 +88,7 @@ class SleepOnDemand:
                 awake.setdefault(0 if blocks.masks_padding else length, []).append(row)
         for group in awake.values():
             session = algorithm.sleep(blocks, session, Sleep(tuple(group)), settings, watch=model.watch)
-        past_key_values.now = session if model.training else session.map(Tensor.detach)
-        return past_key_values
+        return session
 
     def _read_pending(self, blocks: algorithm.Blocks, session: Snapshot, settings: Settings) -> Snapshot:
         """The session with nothing unread."""

@@ -72,13 +72,15 @@ class Session:
 
     # --- reading and sleeping --------------------------------------------------------------------------------------
 
-    def read(self, text: str, progress: Progress | None = None) -> Session:
+    def read(self, text: str, progress: Progress | None = None, ephemeral: bool = False) -> Session:
         """Read on; windows that fill are slept on. Two texts in two calls need not have the ids of one text in one.
 
         Args:
             text: of any length. BOS stands before the first text of a session only.
             progress: is called with the number of tokens read and to be read, every few windows; by default a long
                 text has a progress bar of transformers.
+            ephemeral: read it awake, until the next sleep, and keep it in no state and no file; what is asked and said
+                meanwhile sees it. From that sleep on the session is as if it had not been read.
 
         Returns:
             The session itself.
@@ -88,14 +90,15 @@ class Session:
         """
         with self._step():
             self._settle()
-            self._read(self._ids(text, "text"), progress)
+            self._read(self._ids(text, "text"), progress, ephemeral)
         return self
 
-    def sleep(self, n_loops: int | None = None) -> Session:
+    def sleep(self, n_loops: int | None = None, background: bool = False) -> Session:
         """Sleep now on what is awake, also where the window is only part full.
 
         Args:
             n_loops: another N for this sleep.
+            background: do not wait for it, see ``model.sleep``.
 
         Returns:
             The session itself.
@@ -105,7 +108,7 @@ class Session:
         """
         with self._step():
             self._settle()
-            self.model.sleep(self.cache, n_loops=n_loops)
+            self.model.sleep(self.cache, n_loops=n_loops, background=background)
         return self
 
     # --- asking and talking ----------------------------------------------------------------------------------------
@@ -353,7 +356,7 @@ class Session:
     # --- the model -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _read(self, ids: Sequence[int], progress: Progress | None = None) -> None:
+    def _read(self, ids: Sequence[int], progress: Progress | None = None, ephemeral: bool = False) -> None:
         """Read in pieces that end one token after a window, where next to nothing has to be awake between them."""
         if not ids:
             return
@@ -364,7 +367,8 @@ class Session:
             begin = 0
             for end in (*ends, len(ids)):
                 piece = torch.tensor([ids[begin:end]], device=device)
-                self.model(piece, past_key_values=self.cache, logits_to_keep=nothing)
+                own = torch.ones_like(piece, dtype=torch.bool) if ephemeral else None
+                self.model(piece, past_key_values=self.cache, logits_to_keep=nothing, ephemeral=own)
                 (progress or shown)(end, len(ids))
                 begin = end
 

@@ -32,7 +32,7 @@ def write_session(path: str | os.PathLike, session: Snapshot, notes: Mapping[str
 
     Ephemeral tokens are left out, as if they had not been read.
     """
-    session = session.lasting()
+    session = session.finished().lasting()
     tensors = {"open_ids": session.open_ids} | {f"pending.{row}": ids for row, ids in enumerate(session.pending)}
     if session.digest is not None:
         tensors["digest"] = session.digest

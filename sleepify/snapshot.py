@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -38,6 +38,13 @@ class Window:
         return [self.input_ids]
 
 
+class Nap(Protocol):
+    """A sleep that is being made in the background."""
+
+    def woken(self, session: Snapshot, more: Sequence[int] | None) -> Snapshot:
+        """See `Snapshot.finished`."""
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """A session at one moment.
@@ -59,6 +66,7 @@ class Snapshot:
         digest: of all ids up to the start of the open window, [B]; None where nobody will ask.
         columns: columns of ``input_ids`` consumed, padding included.
         fixed_shapes: whether every token of a window is to find the same shapes.
+        nap: a sleep that is being made of it in the background; ``open_ids`` is wider meanwhile.
     """
 
     owner: str
@@ -76,6 +84,7 @@ class Snapshot:
     digest: Tensor | None = None
     columns: int = 0
     fixed_shapes: bool = False
+    nap: Nap | None = None
 
     @classmethod
     def empty(
@@ -103,6 +112,15 @@ class Snapshot:
     def awake_lengths(self) -> tuple[int, ...]:
         """Tokens that are awake, ephemeral ones too, per row."""
         return tuple(length + len(extra) for length, extra in zip(self.open_lengths, self.ephemeral, strict=True))
+
+    def finished(self, more: Sequence[int] | None = None) -> Snapshot:
+        """Behind the sleep that is being made of it, if that is done; it is waited for if ``more`` tokens per row have
+        no room meanwhile, or None are said.
+
+        Raises:
+            BaseException: what the sleep failed with.
+        """
+        return self if self.nap is None else self.nap.woken(self, more)
 
     # --- text ------------------------------------------------------------------------------------------------------
 
@@ -139,6 +157,8 @@ class Snapshot:
         Raises:
             ValueError: for more than there are.
         """
+        if self.nap is not None:
+            return self.finished().rewind(counts)
         waiting = [len(ids) for ids in self.pending] or [0] * self.batch_size
         most = [have + more for have, more in zip(self.awake_lengths, waiting, strict=True)]
         if any(not 0 <= count <= limit for count, limit in zip(counts, most, strict=True)):
@@ -276,6 +296,8 @@ class Snapshot:
 
     def select(self, rows: Sequence[int]) -> Snapshot:
         """Only these rows, in this order."""
+        if self.nap is not None:
+            return self.finished().select(rows)
         at_start = Memory(self.batch_size, self.at_start).select(rows)
         counts: dict[str, Any] = {name: tuple(getattr(self, name)[row] for row in rows) for name in _COUNTS}
         return replace(
@@ -291,6 +313,7 @@ class Snapshot:
     @classmethod
     def join(cls, parts: Sequence[Snapshot]) -> Snapshot:
         """The rows of several, all of one model, one after the other."""
+        parts = [part.finished() for part in parts]
         whole = sum(part.batch_size for part in parts)
         memory, at_start, begin = Memory(whole), Memory(whole), 0
         for part in parts:

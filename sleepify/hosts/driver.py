@@ -146,6 +146,11 @@ class Host:
         """Whether every recurrent layer takes ``lengths``; layers of transformers let padding into their state."""
         return all("lengths" in call.takes for call in self._calls if call.kind in RECURRENT | BOTH)
 
+    @property
+    def changes_modules(self) -> bool:
+        """Whether modules are changed for the length of a call, so that no other thread may call them meanwhile."""
+        return self.window is not None and self._is_flash()
+
     def last_writer(self, keep_keys: bool) -> int:
         """Layers [0, last_writer) are all that write what survives a window."""
         kinds = RECURRENT | BOTH | (ATTENTION if keep_keys else set())

@@ -52,6 +52,10 @@ class ClampedMambaHost(Host):
         ]
         self._clamped: dict[int, _Clamped] = {}
 
+    @property
+    def changes_modules(self) -> bool:
+        return True
+
     def layer(self, index: int, hidden_states: Tensor, frame: Frame, cache: WindowCache) -> Tensor:
         if hidden_states.shape[1] > 1:
             return super().layer(index, hidden_states, frame, cache)

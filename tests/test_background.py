@@ -39,9 +39,9 @@ class Held:
 
 @pytest.fixture
 def held(model):
-    model.watch = Held()
-    yield model.watch
-    model.watch.go.set()
+    held = model.watch = Held()
+    yield held
+    held.go.set()
     model.watch = None
 
 
@@ -63,16 +63,16 @@ def assert_close_sessions(mine: SleepCache, theirs: SleepCache, tolerance=EXACT)
     for name in ("retained", "stale", "columns", "owner"):
         assert getattr(mine.now, name) == getattr(theirs.now, name), name
     assert torch.equal(mine.now.open_ids, theirs.now.open_ids) and torch.equal(mine.now.digest, theirs.now.digest)
-    left, right = mine.memory.tensors(), theirs.memory.tensors()
-    assert len(left) == len(right)
-    for one, other in zip(left, right, strict=True):
-        assert_close(one, other, tolerance)
+    # Row by row, since what stands before the keys of a shorter row means nothing.
+    for left, right in zip(mine.split(), theirs.split(), strict=True):
+        for one, other in zip(left.memory.tensors(), right.memory.tensors(), strict=True):
+            assert_close(one, other, tolerance)
 
 
 # --- the definition ---------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(1, 9), st.lists(st.integers(1, 4), max_size=3), st.integers(0, 3), st.integers(1, 7))
 def test_it_is_the_sleep_at_the_token_where_it_was_asked_for(model, before, pieces, done_after, after):
     """Texts of any length, some of it before the sleep is done, in any number of calls."""
@@ -82,18 +82,19 @@ def test_it_is_the_sleep_at_the_token_where_it_was_asked_for(model, before, piec
     model.watch.begun = 0
     assert model.sleep(mine, background=True) is mine and mine.is_sleeping
     model.sleep(theirs)
-    place = before
+    place, sleeps = before, True
     for number, piece in enumerate(pieces):
         if number == done_after:
             model.watch.go.set()
             mine.wait()
-        full = mine.is_sleeping and place - before + piece > 5
-        if full:
+            sleeps = False
+        if sleeps and place - before + piece > 5:
             # There is no room for more without it.
+            sleeps = False
             threading.Timer(0.01, model.watch.go.set).start()
         read(model, mine, text[place : place + piece])
         read(model, theirs, text[place : place + piece])
-        assert mine.is_sleeping == (not full and number < done_after)
+        assert mine.is_sleeping == sleeps
         assert mine.seen == theirs.seen
         place += piece
     model.watch.go.set()
@@ -116,7 +117,7 @@ def test_tokens_that_come_meanwhile_see_the_old_window(model, held):
     assert (read(model, plain, [10]) - read(model, slept, [10])).abs().max() > 1e-3
     # Beyond L tokens in all: the old window stays, in front of another one.
     assert read(model, mine, [10, 11]).shape[0] == 2 and mine.open_lengths == [7] and mine.windows == [0]
-    assert mine.is_sleeping and held.begun == 1
+    assert mine.is_sleeping
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -170,7 +171,8 @@ def test_what_is_pending_is_slept_on(model, held):
                 model.generate(
                     torch.tensor([[8]]), past_key_values=cache, new_tokens=True, **how | {"min_new_tokens": 2}
                 )
-                cache.rewind(2) if not background else None
+                if not background:
+                    cache.rewind(2)
             if background:
                 assert cache.is_sleeping
                 held.go.set()
@@ -256,9 +258,7 @@ def test_what_cannot_go_on_meanwhile_waits(model, pair, act):
     for cache in pair:
         act(model, cache)
         assert not cache.is_sleeping
-        read(model, cache, [[20]] if False else [20]) if len(cache.seen) == 1 else model(
-            torch.tensor([[20], [20]]), past_key_values=cache
-        )
+        model(torch.tensor([[20]] * len(cache.seen)), past_key_values=cache)
     assert_close_sessions(*pair)
 
 

@@ -7,6 +7,7 @@ import pickle
 import threading
 
 import pytest
+import talking
 import torch
 from families import ATTENTION, FAMILIES, tokens, true_float64
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from small import sleeping
 from tolerances import EXACT, GROWN, assert_close
 
-from sleepify import SleepCache
+from sleepify import Session, SleepCache
 from sleepify import sleep as algorithm
 
 
@@ -411,3 +412,46 @@ def test_it_runs_beside_what_is_read(model, monkeypatch):
     go.set()
     cache.wait()
     assert order in (["begins", "read", "ends"], ["read", "begins", "ends"])
+
+
+# --- text in, text out ------------------------------------------------------------------------------------------------
+
+
+def test_a_session_goes_on_meanwhile(tmp_path):
+    model, words = talking.talker(), talking.tokenizer()
+    model.watch = held = Held()
+    with true_float64():
+        mine, theirs = Session(model, words), Session(model, words)
+        for session in (mine, theirs):
+            session.read("a cab had")
+        assert mine.sleep(background=True) is mine and mine.cache.is_sleeping
+        theirs.sleep()
+        for session in (mine, theirs):
+            session.read("a bed")
+        assert mine.ask("egg", max_new_tokens=2) is not None and mine.cache.is_sleeping
+        fork = mine.fork()
+        held.go.set()
+        mine.save(tmp_path / "session")
+        loaded = Session.load(tmp_path / "session", model, words)
+        how = {"max_new_tokens": 5, "keep": True}
+        answer = theirs.ask("who?", **how)
+        for session in (mine, fork, loaded):
+            assert session.ask("who?", **how) == answer
+        for session in (mine, theirs):
+            session.undo().read("x")
+        assert_close_sessions(mine.cache, theirs.cache)
+        assert mine.undo().undo().undo().cache.windows == [0], "before the sleep, with its tokens awake"
+        read(model, mine.cache, [20])
+
+
+def test_a_sessions_sleep_that_fails():
+    model, words = talking.talker(), talking.tokenizer()
+    model.watch = held = Held(MemoryError("no more"))
+    held.go.set()
+    session = Session(model, words).read("a cab had")
+    before = session.ask("who?", max_new_tokens=3)
+    session.sleep(background=True)
+    session.cache.now.nap.making._thread.join()
+    with pytest.raises(MemoryError):
+        session.read("x")
+    assert session.ask("who?", max_new_tokens=3) == before

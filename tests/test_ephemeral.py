@@ -9,6 +9,7 @@ from dataclasses import fields
 
 import numpy as np
 import pytest
+import talking
 import torch
 from families import ATTENTION, FAMILIES, VOCAB, tokens, true_float64
 from hypothesis import given, settings
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from small import sleeping
 from tolerances import EXACT, EXACT_GRAD, GROWN, assert_close
 
-from sleepify import SleepCache
+from sleepify import Session, SleepCache
 from sleepify.files import read_tensors
 from sleepify.memory import Memory
 from sleepify.schedule import schedule
@@ -85,7 +86,7 @@ def texts(draw, longest=14):
 # --- equal to the session that never read them ------------------------------------------------------------------------
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(texts())
 def test_once_slept_the_session_never_read_them(model, row):
     text, flags, pieces = row
@@ -203,7 +204,7 @@ def test_more_of_them_than_a_window_holds():
         assert_close(narrow, model(text).logits, EXACT)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(texts(), st.booleans())
 def test_pieces_do_not_matter(model, row, fixed):
     text, flags, pieces = row
@@ -217,7 +218,7 @@ def test_pieces_do_not_matter(model, row, fixed):
         assert other.now.ephemeral == whole.now.ephemeral
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(texts(longest=9), min_size=2, max_size=3), st.lists(texts(longest=7), min_size=3, max_size=3))
 def test_a_batch_is_its_rows(model, rows, more):
     """Ephemeral in other columns per row, padded, called twice, slept in some rows only."""
@@ -493,3 +494,52 @@ def test_ordinary_tokens_alone_fill_windows(data):
                     expected.append(column)
                 counted += 1
         assert columns == expected
+
+
+# --- text in, text out ------------------------------------------------------------------------------------------------
+
+
+def test_a_session_reads_a_text_for_the_time_being(tmp_path):
+    model, words = talking.talker(), talking.tokenizer()
+    how = {"max_new_tokens": 5}
+    with true_float64():
+        mine, theirs = Session(model, words), Session(model, words)
+        for session in (mine, theirs):
+            session.read("a cab had a bed")
+        without = theirs.ask("who?", **how)
+        assert mine.read("the key is 7!", ephemeral=True) is mine
+        assert mine.ask("who?", **how) != without, "it is seen"
+        assert mine.cache.ephemeral == [13] and repr(mine).split(", ")[0] == repr(theirs).split(", ")[0]
+        mine.save(tmp_path / "session")
+        assert Session.load(tmp_path / "session", model, words).ask("who?", **how) == without
+        mine.ask("and then?", keep=True, **how)
+        theirs.read("and then?")
+        mine.undo()
+        assert mine.undo().ask("who?", **how) == without
+        mine.read("the key is 7!", ephemeral=True)
+        mine.read("and then?").sleep()
+        theirs.sleep()
+        assert_same(mine.cache, theirs.cache, but=("columns",))
+
+
+def test_a_session_that_begins_with_one():
+    """BOS stands before the first text that stays, too."""
+    model, words = talking.talker(), talking.tokenizer()
+    mine, theirs = Session(model, words), Session(model, words)
+    mine.read("a key", ephemeral=True)
+    for session in (mine, theirs):
+        session.read("a cab").sleep()
+    assert_same(mine.cache, theirs.cache)
+
+
+def test_a_conversation_goes_on_around_one():
+    """What is said next is said behind it; the turns are those of the template as ever."""
+    model, words = talking.talker(), talking.tokenizer()
+    with true_float64():
+        mine, theirs = Session(model, words), Session(model, words)
+        for session in (mine, theirs):
+            session.say("who?", max_new_tokens=4)
+        mine.read("ab", ephemeral=True)
+        answers = [session.say("and?", max_new_tokens=4) for session in (mine, theirs)]
+        assert [each["role"] for each in mine.messages] == ["user", "assistant"] * 2 and len(answers) == 2
+        assert mine.cache.seen[0] + len(mine.cache.pending[0]) == len(mine._known.talk.ids)

@@ -55,7 +55,7 @@ style: $(call READY,dev)
 
 # ARGS='train memory' makes some of the pages only.
 bench: $(call READY,run)
-	@for page in $(or $(ARGS),wake train memory operations compiled sessions); do \
+	@for page in $(or $(ARGS),wake train memory operations compiled sessions pauses); do \
 		OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.$$page || exit 1; \
 	done
 

@@ -169,14 +169,14 @@ class Rows:
             passing[row, list(ephemeral[row])] = True
             if self.ephemeral is not None:
                 passing[row, here] = self.ephemeral[row, :length]
-        moved = {"wanted": wanted, "labelled": labelled, "ephemeral": passing if passing.any() else None}
-        return replace(self, ids=ids, lengths=lengths, source=source, **moved)
+        own = passing if passing.any() else None
+        return replace(self, ids=ids, lengths=lengths, source=source, wanted=wanted, labelled=labelled, ephemeral=own)
 
     def lasting_columns(self) -> int:
         """How many of the T columns do not hold ephemeral tokens only."""
         if self.ephemeral is None:
             return self.width
-        rows, columns = np.indices(self.ephemeral.shape)
+        rows, columns = np.arange(len(self.ephemeral))[:, None], np.arange(self.ephemeral.shape[1])[None, :]
         given = self._given(rows, columns) % self.width
         real = columns < np.asarray(self.lengths)[:, None]
         real &= True if self.source is None else self.source >= 0

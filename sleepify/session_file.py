@@ -149,7 +149,7 @@ def _sorted_out(path: str | os.PathLike, counts: dict[str, Any], tensors: dict[s
         if pair.keys() != {"keys", "values"}:
             raise _wrong(path, f"layer {index} has {sorted(pair)}, not keys and values")
     kv = {index: (pair["keys"], pair["values"]) for index, pair in pairs.items()}
-    per_row = {name: tuple(counts[name]) for name in _PER_ROW}
+    per_row: dict[str, Any] = {name: tuple(counts[name]) for name in _PER_ROW}
     lengths = per_row.pop("kv_lengths")
     per_row["stale"] = tuple(map(bool, per_row["stale"]))
     return Snapshot(

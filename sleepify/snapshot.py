@@ -97,11 +97,11 @@ class Snapshot:
         fixed_shapes: bool = False,
     ) -> Snapshot:
         """Of a model that has read nothing yet; ``kept`` if it will be asked what it has read."""
-        nothing = (0,) * batch_size
         ids = torch.zeros(batch_size, window_size, dtype=torch.long, device=device)
         digest = ids.new_zeros(batch_size) if kept else None
-        rows: Any = ((False,) * batch_size, ((),) * batch_size)
-        return cls(owner, Memory(batch_size), {}, ids, *(nothing,) * 5, *rows, (), digest, fixed_shapes=fixed_shapes)
+        counts: dict[str, Any] = dict.fromkeys(_COUNTS, (0,) * batch_size)
+        counts |= {"stale": (False,) * batch_size, "ephemeral": ((),) * batch_size}
+        return cls(owner, Memory(batch_size), {}, ids, digest=digest, fixed_shapes=fixed_shapes, **counts)
 
     @property
     def batch_size(self) -> int:
@@ -257,8 +257,13 @@ class Snapshot:
             ephemeral[row] += note(input_ids[row], own, start, open_lengths[row])
             open_lengths[row] += count - len(own)
             seen[row] += count - len(own)
-        counts = {"open_lengths": tuple(open_lengths), "seen": tuple(seen), "ephemeral": tuple(ephemeral)}
-        return replace(self, open_ids=open_ids, **counts)
+        return replace(
+            self,
+            open_ids=open_ids,
+            open_lengths=tuple(open_lengths),
+            seen=tuple(seen),
+            ephemeral=tuple(ephemeral),
+        )
 
     # --- asleep ----------------------------------------------------------------------------------------------------
 

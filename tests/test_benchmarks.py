@@ -10,11 +10,12 @@ import pytest
 import torch
 from tolerances import EXACT, EXACT_GRAD, assert_close
 
-from benchmarks import compiled, gpu, memory, models, operations, report, sessions, train, wake
+from benchmarks import compiled, gpu, memory, models, operations, pauses, report, sessions, train, wake
 
 ROOT = Path(__file__).resolve().parent.parent
 ON_CPU = {"wake": wake, "train": train, "memory": memory, "operations": operations, "compiled": compiled} | {
-    "sessions": sessions
+    "sessions": sessions,
+    "pauses": pauses,
 }
 
 

@@ -260,7 +260,7 @@ class Program:
     OPS: tuple[tuple[str, int], ...] = (
         ("read", 10), ("read_alone", 5), ("look", 2), ("train", 2), ("generate", 4), ("sleep", 3), ("clone", 2),
         ("rewind", 3), ("pick", 2), ("split_and_join", 2), ("join_two", 1), ("save_and_load", 1),
-        ("change_settings", 2),
+        ("change_settings", 2), ("read_and_drop", 1), ("sleep_behind", 1),
     )  # fmt: skip
 
     def run(self, n_calls: int = CALLS_PER_PROGRAM) -> int:
@@ -404,7 +404,7 @@ class Program:
         with self.grad():
             out = self.model(batch.ids, **keywords)
         logits = [row.read(ids, how) for row, ids in zip(rows, batch.new, strict=True)]
-        if labels is None or keep is not None:
+        if labels is None or keep is not None or not self.model.training:
             expected = batch.spread(logits)[:, columns]
             if columns or out.logits is not None:
                 assert_close(out.logits, expected, GROWN, "logits")
@@ -547,6 +547,51 @@ class Program:
                 session.rows[row].read([], how)
             session.rows[row].sleep(how)
         session.check("after sleeping")
+
+    def read_and_drop(self) -> None:
+        """Ephemeral tokens, before and between ordinary ones, of which a file or a sleep knows nothing."""
+        session = self.begun()
+        new = [self.text() for _ in session.rows]
+        shown = [[(self.random.randrange(VOCAB), True) for _ in range(self.random.randint(0, 2))] for _ in new]
+        for row, ids in zip(shown, new, strict=True):
+            for id_ in ids:
+                row += [(id_, False)] + [(self.random.randrange(VOCAB), True)] * self.random.randrange(2)
+        batch = self.batch([[id_ for id_, _ in row] for row in shown], session.cache, contiguous=True)
+        own = torch.zeros(batch.ids.shape, dtype=torch.bool)
+        for row, (place, texts) in enumerate(zip(batch.places, shown, strict=True)):
+            own[row, place] = torch.tensor([flag for _, flag in texts], dtype=torch.bool)
+        how, keywords = self.how(past_key_values=session.cache, attention_mask=batch.mask, ephemeral=own)
+        self.say("read and drop", self.sessions.index(session), how, batch.ids.tolist(), own.tolist())
+        with self.grad():
+            self.model(batch.ids, **keywords)
+        for row, (twin, ids) in enumerate(zip(session.rows, new, strict=True)):
+            twin.read(ids, how)
+            twin.stale = bool(session.cache.ephemeral[row] and twin.open)
+        assert session.cache.now is not None
+        session.cache.now = session.cache.now.lasting()
+        session.check("after dropping what was ephemeral")
+
+    def sleep_behind(self) -> None:
+        """In the background, with tokens that come meanwhile, or nothing."""
+        session = self.begun()
+        if self.model.blocks.changes_modules:
+            return
+        how, keywords = self.how()
+        batch = self.batch([self.text() for _ in session.rows], session.cache)
+        self.say("sleep behind", self.sessions.index(session), keywords, batch.ids.tolist())
+        self.model.sleep(session.cache, background=True, **keywords)
+        for row in session.rows:
+            row.read([], how)
+            row.sleep(how)
+        later = How(self.model.config.n_loops, how.loop_range)
+        with self.grad():
+            self.model(batch.ids, attention_mask=batch.mask, past_key_values=session.cache)
+        session.cache.wait()
+        assert session.cache.now is not None
+        for row, (twin, ids) in enumerate(zip(session.rows, batch.new, strict=True)):
+            twin.read(ids, later)
+            twin.stale = session.cache.now.stale[row]
+        session.check("after sleeping in the background")
 
     def clone(self) -> None:
         """A copy of one kind or another, beside the original."""

@@ -11,7 +11,7 @@ from sleepify import sleep as algorithm
 from sleepify.cache import SleepCache
 from sleepify.rows import Rows
 from sleepify.schedule import Sleep, schedule
-from sleepify.settings import Settings, is_whole
+from sleepify.settings import Loops, Settings, is_whole
 from sleepify.snapshot import Snapshot
 
 
@@ -19,13 +19,13 @@ class SleepOnDemand:
     """``model.sleep(cache)``."""
 
     def sleep(
-        self, past_key_values: SleepCache, n_loops: int | None = None, rows: Sequence[int] | None = None
+        self, past_key_values: SleepCache, n_loops: Loops | None = None, rows: Sequence[int] | None = None
     ) -> SleepCache:
         """Consolidate what is awake in a session now, also a window that is only part full (contract 2).
 
         Args:
             past_key_values: the session; it is moved forward and returned.
-            n_loops: another N for this sleep.
+            n_loops: another N for this sleep; "auto" for as many passes as each row's state needs, at most N.
             rows: which rows sleep; all by default.
 
         Raises:

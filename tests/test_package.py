@@ -39,7 +39,8 @@ EDGES: dict[str, set[str]] = {
     "fingerprint": set(),
     "session_file": {"errors", "files", "memory", "snapshot"},
     "cache": {"errors", "memory", "session_file", "settings", "snapshot"},
-    "sleep": {"errors", "memory", "recompute", "schedule", "settings", "snapshot"},
+    "convergence": {"memory", "schedule", "settings"},
+    "sleep": {"convergence", "errors", "memory", "recompute", "schedule", "settings", "snapshot"},
     "generation": {"cache", "packing", "rows"},
     "conversation": {"snapshot"},
     "progress": set(),
@@ -67,6 +68,7 @@ EDGES: dict[str, set[str]] = {
         *("schedule", "settings", "sleep", "snapshot"),
     },
     "checkpoints": {"card", "config", "errors", "files", "fingerprint", "loader", "manifest", "peft"},
+    "calibration": {"convergence", "generation", "memory", "modeling", "rows", "schedule", "settings"},
     "retrofit": {"config", "defaults", "fingerprint", "hosts", "modeling", "settings"},
     "training": {
         *("config", "defaults", "errors", "fast_weights", "files", "hosts", "loss", "manifest", "memory", "modeling"),
@@ -74,9 +76,9 @@ EDGES: dict[str, set[str]] = {
     },
     "peft": {"errors"},
     "serving": {"cache", "errors", "files", "generation", "memory", "modeling"},
-    "__init__": {"cache", "config", "errors", "modeling", "models", "peft", "retrofit", "session", "version"},
+    "__init__": {"cache", "calibration", "config", "errors", "modeling", "models", "peft", "retrofit", "session", "version"},
     "cli": {
-        *("config", "files", "hosts", "modeling", "ops", "retrofit", "serving", "session", "training", "version"),
+        *("calibration", "config", "files", "hosts", "modeling", "ops", "retrofit", "serving", "session", "training", "version"),
     },
     "__main__": {"cli"},
 }

@@ -326,28 +326,27 @@ class Store:
 
     def _find(self, folder: Path) -> None:
         """The sessions of an earlier process; what one that was killed left half done is removed."""
-        known = set()
+        known: set[str] = set()
         for path in sorted(each for each in folder.glob("*.json") if _OURS.fullmatch(each.name)):
-            if (session := self._recorded(path)) is not None:
-                known |= {path.name, session.file(folder).name}
-                if session.owner == self.owner:
-                    self._sessions[session.id] = session
-                    self._note_start(session)
+            known |= self._take_in(path)
         for path in () if self.shared else folder.iterdir():
             if path.name not in known and _OURS.fullmatch(path.name):
                 discard(path)
 
-    def _recorded(self, path: Path) -> Session | None:
-        """The session of a record."""
+    def _take_in(self, path: Path) -> set[str]:
+        """The session of a record, if it is of this model; the names of the files that belong to the record."""
         try:
             kept = json.loads(path.read_text(encoding="utf-8"))
             session = Session(**{name: kept[name] for name in _KEPT})
         except (ValueError, KeyError, TypeError, OSError) as error:
             log.warning("no session in %s: %r", path, error)
-            return None
-        if session.owner != self.owner or path.name != f"{session.id}.json":
+            return set()
+        if session.owner == self.owner and path.name == f"{session.id}.json":
+            self._sessions[session.id] = session
+            self._note_start(session)
+        else:
             log.warning("%s is left alone: it belongs to another model (%s)", path, session.owner)
-        return session
+        return {path.name, session.file(path.parent).name}
 
     def _is_gone_on(self, session: Session) -> bool:
         """Whether another process has moved or erased a session, whose latest file is then not the one known."""
@@ -358,15 +357,11 @@ class Store:
         known, path = self._sessions.get(session_id), (self.folder or Path()) / f"{session_id}.json"
         if self.folder is None or not _OURS.fullmatch(path.name) or (known and not self._is_gone_on(known)):
             return False
-        session = self._recorded(path) if path.exists() else None
         if known:
             self._forget_start(known)
             self._release(known)
             del self._sessions[session_id]
-        if session is not None and session.owner == self.owner:
-            self._sessions[session_id] = session
-            self._note_start(session)
-        return bool(known or session)
+        return bool((path.exists() and self._take_in(path)) or known)
 
 
 def _start(cache: SleepCache) -> int:

@@ -23,6 +23,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 from ray import serve
 from transformers import AutoTokenizer
@@ -58,22 +59,23 @@ class Replica:
         return session_id
 
     def __serve_build_asgi_app__(self) -> Any:
-        return self.answer
+        """The server, whose answers name the replica in a header; the session that a request is part of is held."""
 
-    async def answer(self, scope: Any, receive: Any, send: Any) -> None:
-        """The server's answer, with the replica's name in a header; the session that it is part of is held."""
+        async def answer(scope: Any, receive: Any, send: Any) -> None:
+            async def noted(message: Any) -> None:
+                if message["type"] == "http.response.start":
+                    headers = dict(message["headers"])
+                    if session := headers.get(b"x-session-id"):
+                        await self.hold(session.decode())
+                    message["headers"] = [*message["headers"], (b"x-replica", self.name.encode())]
+                await send(message)
 
-        async def noted(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                headers = dict(message["headers"])
-                if session := headers.get(b"x-session-id"):
-                    await self.hold(session.decode())
-                message["headers"] = [*message["headers"], (b"x-replica", self.name.encode())]
-            await send(message)
+            if scope["type"] == "http" and (session := serve.get_multiplexed_model_id()):
+                await self.hold(session)
+            await self.server(scope, receive, noted)
 
-        if scope["type"] == "http" and (session := serve.get_multiplexed_model_id()):
-            await self.hold(session)
-        await self.server(scope, receive, noted)
+        # A function, by which uvicorn knows the kind of application.
+        return answer
 
 
 def main() -> None:
@@ -97,6 +99,7 @@ def main() -> None:
     print(f"serving {given.model} from {given.replicas} replicas at http://{given.host}:{given.port}/v1", flush=True)
     ended.wait()
     serve.shutdown()
+    ray.shutdown()
 
 
 if __name__ == "__main__":

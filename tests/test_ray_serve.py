@@ -49,7 +49,7 @@ def address(made, tmp_path_factory) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(120) == 0
+        assert process.wait(120) == 0, Path(log.name).read_text()[-4000:]
 
 
 def say(address: str, text: str, session: str | None = None, key: str = "sesame") -> tuple[str, str, str]:

@@ -1,9 +1,9 @@
 """As many passes as the state needs, against as many for every row, at equal mean: Rule 110 on a CPU, over seeds.
 
-    python -m benchmarks.auto [--repeats 2] [--output docs/results/auto.md]
+    python -m benchmarks.auto [--repeats 1] [--output docs/results/auto.md]
 
 Per seed one model, N drawn anew in every step from 1 to 6, trained unless its checkpoint is in outputs/auto. Its
-threshold is calibrated on 1,000 rows for a mean N, and tested on 4,000 others: "auto"; the same numbers of passes dealt
+threshold is calibrated on 500 rows for a mean N, and tested on 2,000 others: "auto"; the same numbers of passes dealt
 out to the rows at random; and one number for all (a mean between two numbers: for so many rows one, for the rest the
 other). All answer the same questions, so that differences are taken row by row.
 """
@@ -147,8 +147,8 @@ def parts_of(found: Sequence[dict[str, Any]]) -> list[Part]:
 
 def main(argv: Sequence[str] | None = None) -> list[Part]:
     """Train, calibrate, test, write the page."""
-    arguments = page_arguments(argv, __doc__, "auto", repeats=2, unit="seeds")
-    sizes = (2, 40, 40) if arguments.tiny else (1000, 1000, 4000)
+    arguments = page_arguments(argv, __doc__, "auto", repeats=1, unit="seeds")
+    sizes = (2, 40, 40) if arguments.tiny else (1000, 500, 2000)
     found = [each for seed in range(arguments.repeats) for each in measure(seed, *sizes)]
     intro = (
         f"One layer of Qwen3 with a Gated DeltaNet layer after it, `recipes/configs/rule110_small.yaml`, {sizes[0]:,} "

@@ -90,12 +90,13 @@ def main() -> None:
     parser.add_argument("--idle-sleep", type=float, metavar="SECONDS")
     parser.add_argument("--gpus", type=float, default=0, help="of each replica")
     given = parser.parse_args()
-    ended = threading.Event()
-    for each in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(each, lambda *_: ended.set())
     serve.start(http_options={"host": given.host, "port": given.port})
     replica = Replica.options(num_replicas=given.replicas, ray_actor_options={"num_cpus": 1, "num_gpus": given.gpus})
     serve.run(replica.bind(given.model, given.sessions, given.api_key, given.idle_sleep), name="sleepify")
+    ended = threading.Event()
+    # Ray has set its own by now.
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, lambda *_: ended.set())
     print(f"serving {given.model} from {given.replicas} replicas at http://{given.host}:{given.port}/v1", flush=True)
     ended.wait()
     serve.shutdown()

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sleepify import models as models  # registers jet_nemotron and ouro
 from sleepify.cache import SleepCache
+from sleepify.calibration import calibrate
 from sleepify.config import FastWeightConfig, SleepConfig
 from sleepify.errors import (
     CacheMismatchError,
@@ -48,6 +49,7 @@ __all__ = [
     "SleepifyError",
     "UnsupportedModelError",
     "__version__",
+    "calibrate",
     "lora_config",
     "sleepify",
 ]

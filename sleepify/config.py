@@ -89,6 +89,7 @@ class SleepConfig(Settings, PreTrainedConfig):
         backprop_windows: gradient through the last k sleeps of a row only; None for all.
         offload: with ``checkpoint="window"``, keep the memory at window boundaries on the CPU until the backward pass.
         check_finite: look for NaN and infinity in the state after each sleep (costs a host-device sync).
+        auto_threshold: of the calls with ``n_loops="auto"``, under which a state has settled; see `calibrate`.
         fast_weights_only: the checkpoint holds the inserted weights alone; set by ``save_pretrained``.
         base_model_name_or_path, base_model_revision, base_fingerprint: the base that they belong to.
 

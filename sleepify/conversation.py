@@ -35,6 +35,22 @@ class Conversation:
     opens: bool = False
     mark: tuple[Snapshot, int] | None = None
 
+    def notes(self) -> dict[str, Any]:
+        """For a file; of the mark only how many ids, since the session before the answer is kept beside it."""
+        return {
+            "messages": [dict(message) for message in self.messages],
+            "ids": list(self.ids),
+            "fixed": self.fixed,
+            "opens": self.opens,
+            "mark": None if self.mark is None else self.mark[1],
+        }
+
+    @classmethod
+    def noted(cls, notes: Mapping[str, Any], before: Snapshot | None = None) -> Conversation:
+        """What `notes` were made of, with the session before the latest answer."""
+        mark = None if notes["mark"] is None or before is None else (before, notes["mark"])
+        return cls(tuple(notes["messages"]), tuple(notes["ids"]), notes["fixed"], notes["opens"], mark)
+
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], opens: bool) -> list[int]:
     """The ids of a conversation up to where the answer begins; without BOS unless it opens the session.

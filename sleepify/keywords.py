@@ -33,15 +33,45 @@ def refuse_unequal_ranks(layers: Iterable[nn.Module]) -> None:
     Raises:
         SleepifyError: if they are.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    if torch.distributed.get_world_size() == 1:
-        return
-    layer = next(iter(layers))
-    zero = any(hasattr(parameter, "ds_id") for parameter in layer.parameters())
-    if zero or getattr(layer, "_is_fsdp_managed_module", False):
+    if sharding := _sharding(layers):
         raise SleepifyError(
-            f"expected the ranks to agree on what they read, since {'ZeRO-3' if zero else 'FSDP'} gathers layers from "
-            "all of them, got a call without `awake`, which would wait for the others for ever: train with "
+            f"expected the ranks to agree on what they read, since {sharding} gathers layers from all of them, got a "
+            "call without `awake`, which would wait for the others for ever: train with "
             "sleepify.training.SleepTrainer, or without sharding (DDP, ZeRO-1 or ZeRO-2)"
         )
+
+
+def refuse_auto(training: bool, backprop_loops: int | None, layers: Iterable[nn.Module]) -> None:
+    """See that as many passes may be made as the state needs.
+
+    Raises:
+        ValueError: in training, or where gradient flows through the last passes only, which are not known beforehand.
+        SleepifyError: for layers that are sharded over processes: all must make the same passes.
+    """
+    if training:
+        raise ValueError(
+            'expected a number for n_loops in training, got "auto", which would train on whatever number of passes '
+            "the weights of the moment ask for: call model.eval(), or train with numbers"
+        )
+    if backprop_loops is not None and torch.is_grad_enabled():
+        raise ValueError(
+            f'expected n_loops="auto" without backprop_loops, got backprop_loops={backprop_loops}: which passes are '
+            "the last is not known beforehand; call it under torch.no_grad()"
+        )
+    if sharding := _sharding(layers):
+        raise SleepifyError(
+            f'expected a number for n_loops under {sharding}, which gathers layers from all ranks, got "auto": ranks '
+            "would make different passes and wait for each other for ever"
+        )
+
+
+def _sharding(layers: Iterable[nn.Module]) -> str | None:
+    """How layers are sharded over processes; None if they are not."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    if torch.distributed.get_world_size() == 1:
+        return None
+    layer = next(iter(layers))
+    if any(hasattr(parameter, "ds_id") for parameter in layer.parameters()):
+        return "ZeRO-3"
+    return "FSDP" if getattr(layer, "_is_fsdp_managed_module", False) else None

@@ -22,7 +22,7 @@ from sleepify.defaults import LiveSettings, resolve
 from sleepify.fast_weights import LAYERS, FastWeightLayer
 from sleepify.generation import SleepGeneration
 from sleepify.hosts import Host, host_class
-from sleepify.keywords import refuse, refuse_unequal_ranks
+from sleepify.keywords import refuse, refuse_auto, refuse_unequal_ranks
 from sleepify.loss import Objective, check_count, cross_entropy
 from sleepify.on_demand import SleepOnDemand
 from sleepify.packing import Marks
@@ -31,7 +31,7 @@ from sleepify.reading import Reading
 from sleepify.recompute import SleepRecompute
 from sleepify.rows import NO_COLUMNS, Rows
 from sleepify.schedule import schedule
-from sleepify.settings import Settings, check_positive
+from sleepify.settings import Adaptive, Loops, Settings, with_loops
 from sleepify.snapshot import Snapshot
 
 _INCIDENTAL = {"dtype", "torch_dtype", "architectures", "transformers_version", "_name_or_path", "use_cache"}
@@ -181,17 +181,19 @@ class SleepForCausalLM(
 
     # --- forward ---------------------------------------------------------------------------------------------------
 
-    def options(self, n_loops: int | None = None) -> Settings:
+    def options(self, n_loops: Loops | None = None) -> Settings:
         """How this model sleeps now, checked: ``config`` may be changed at any time.
 
         Args:
-            n_loops: another N.
+            n_loops: another N, or "auto".
 
         Raises:
-            ValueError: for a value that this base cannot have.
+            ValueError: for a value that this base cannot have, or "auto" where it cannot be.
         """
-        settings = self._settings.of(self.config, self._recompute)
-        return settings if n_loops is None else replace(settings, n_loops=check_positive("n_loops", n_loops))
+        settings = with_loops(self._settings.of(self.config, self._recompute), n_loops)
+        if isinstance(settings, Adaptive):
+            refuse_auto(self.training, settings.backprop_loops, self.blocks.layers)
+        return settings
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -202,7 +204,7 @@ class SleepForCausalLM(
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor | None = None,
-        n_loops: int | None = None,
+        n_loops: Loops | None = None,
         num_items_in_batch: int | Tensor | None = None,
         awake: Tensor | None = None,
         ephemeral: Tensor | None = None,
@@ -231,7 +233,8 @@ class SleepForCausalLM(
                 evaluation.
             logits_to_keep: logits of the last so many columns, or of the columns given; 0 for all. By default all,
                 but in training with labels none, since the loss needs only the supervised positions.
-            n_loops: another N for this call.
+            n_loops: another N for this call; "auto" for as many passes as each row's state needs to settle, at most the
+                model's N (``config.auto_threshold``; not in training).
             num_items_in_batch: what to divide the summed loss by (gradient accumulation).
             awake: [B, T] bool, tokens to read awake although nothing is asked of them. When given, also with none set,
                 which layers are called depends on nothing but the windows slept on and read awake, as FSDP and ZeRO
@@ -282,7 +285,7 @@ class SleepForCausalLM(
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor | None = None,
-        n_loops: int | None = None,
+        n_loops: Loops | None = None,
         awake: Tensor | None = None,
         marks: Marks | None = None,
         ephemeral: Tensor | None = None,
@@ -295,6 +298,8 @@ class SleepForCausalLM(
         if logits_to_keep is None and labels is not None and self.training:
             logits_to_keep = NO_COLUMNS
         settings = self.options(n_loops)
+        if awake is not None and isinstance(settings, Adaptive):
+            raise ValueError('expected a number for n_loops with `awake`, which fixes the calls of layers, got "auto"')
         blocks = self.host_of(settings)
         cache = past_key_values
         kept = labels is None if use_cache is None else use_cache

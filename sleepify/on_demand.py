@@ -12,7 +12,7 @@ from sleepify.background import doze
 from sleepify.cache import SleepCache
 from sleepify.rows import Rows
 from sleepify.schedule import Sleep, schedule
-from sleepify.settings import Settings, is_whole
+from sleepify.settings import Loops, Settings, is_whole
 from sleepify.snapshot import Snapshot
 
 
@@ -22,7 +22,7 @@ class SleepOnDemand:
     def sleep(
         self,
         past_key_values: SleepCache,
-        n_loops: int | None = None,
+        n_loops: Loops | None = None,
         rows: Sequence[int] | None = None,
         background: bool = False,
     ) -> SleepCache:
@@ -30,7 +30,7 @@ class SleepOnDemand:
 
         Args:
             past_key_values: the session; it is moved forward and returned.
-            n_loops: another N for this sleep.
+            n_loops: another N for this sleep; "auto" for as many passes as each row's state needs, at most N.
             rows: which rows sleep; all by default.
             background: return at once, and let a thread (on CUDA with a stream of its own) make the sleep. Tokens that
                 come meanwhile, up to L per row, are read awake with the old window's keys still there. The first call

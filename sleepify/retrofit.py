@@ -64,6 +64,7 @@ def sleepify(
     backprop_windows: int | None = None,
     offload: bool = False,
     check_finite: bool = False,
+    auto_threshold: float | None = None,
     base_model_revision: str | None = None,
 ) -> SleepForCausalLM:
     """Give a model sleep.
@@ -85,6 +86,7 @@ def sleepify(
         backprop_windows: gradient through the last k sleeps of a row only; None for all.
         offload: with ``checkpoint="window"``, keep the memory at window boundaries on the CPU until the backward pass.
         check_finite: look for NaN and infinity in the state after each sleep (costs a host-device sync).
+        auto_threshold: of the calls with ``n_loops="auto"``, under which a state has settled; see `calibrate`.
         base_model_revision: branch, tag or commit of a model that is given by name.
 
     Returns:
@@ -111,6 +113,7 @@ def sleepify(
             backprop_windows=backprop_windows,
             offload=offload,
             check_finite=check_finite,
+            auto_threshold=auto_threshold,
             base_model_revision=base_model_revision,
         )
     base = _load(model, config.base_model_revision)

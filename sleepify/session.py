@@ -7,22 +7,25 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from sleepify.cache import SleepCache
-from sleepify.conversation import Conversation, front, in_common, render, settled, vocabulary_digest
+from sleepify.conversation import Conversation, in_common, render, settled, vocabulary_digest
 from sleepify.errors import CheckpointError
-from sleepify.generation import answer_keywords, left_padded
+from sleepify.generation import answer_keywords
+from sleepify.idle import IdleTimer
 from sleepify.modeling import SleepForCausalLM
-from sleepify.progress import Progress, bar
+from sleepify.progress import Progress
 from sleepify.session_file import read_with_notes, write_session
+from sleepify.session_model import SessionModel, tokens_of
+from sleepify.settings import Loops
 from sleepify.snapshot import Snapshot
 
-# Windows that are read between two reports of progress.
-_PIECE = 8
+# Where a session may sleep by itself; each of these ends what those before it end.
+Boundary = Literal["document", "turn"]
+_BOUNDARIES = (None, "document", "turn")
 # Steps that can be taken back; each keeps a state.
 _STEPS = 16
 _NOTES = "session"
@@ -35,7 +38,7 @@ class _Moment(NamedTuple):
     talk: Conversation
 
 
-class Session:
+class Session(SessionModel):
     """What a model has read, and a way to ask it.
 
     A call that fails, or is interrupted, leaves the session as it was. Sessions of one model are independent; use one
@@ -44,12 +47,17 @@ class Session:
     Args:
         model: it sleeps.
         tokenizer: the model's.
+        sleep_at: where it sleeps at once, whether the window is full or not: after each "document" (`read`), or after
+            each "turn" too (`say`, and what `ask` keeps); None for full windows alone.
+        idle_sleep: sleep on what is awake after so many seconds without a call, in a thread of its own, for which calls
+            wait; None for never. `close` ends it, as does leaving ``with Session(...) as session``.
 
     Attributes:
         cache: the `SleepCache` with what was read.
 
     Raises:
         TypeError: for a model that does not sleep, or what is no tokenizer.
+        ValueError: for another boundary, or seconds that are not above 0.
 
     Example:
         >>> session = Session(model, tokenizer)
@@ -57,7 +65,14 @@ class Session:
         >>> session.ask("Who wrote the letter?")
     """
 
-    def __init__(self, model: SleepForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        model: SleepForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        sleep_at: Boundary | None = None,
+        idle_sleep: float | None = None,
+    ) -> None:
         if not isinstance(model, SleepForCausalLM):
             raise TypeError(
                 f"expected a model that sleeps, got {type(model).__name__}; sleepify(model) makes one, and an adapter "
@@ -65,22 +80,28 @@ class Session:
             )
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise TypeError(f"expected a tokenizer of transformers, got {type(tokenizer).__name__}")
-        self.model, self.tokenizer = model, tokenizer
+        if sleep_at not in _BOUNDARIES:
+            raise ValueError(f"expected sleep_at to be 'document', 'turn' or None, got {sleep_at!r}")
+        self.model, self.tokenizer, self.sleep_at = model, tokenizer, sleep_at
+        self._idle = IdleTimer(idle_sleep, self._sleep_idle)
         self.cache = SleepCache()
         self._known = _Moment(None, Conversation())
         self._steps: list[_Moment] = []
 
     # --- reading and sleeping --------------------------------------------------------------------------------------
 
-    def read(self, text: str, progress: Progress | None = None, ephemeral: bool = False) -> Session:
+    def read(
+        self, text: str, progress: Progress | None = None, n_loops: Loops | None = None, ephemeral: bool = False
+    ) -> Session:
         """Read on; windows that fill are slept on. Two texts in two calls need not have the ids of one text in one.
 
         Args:
             text: of any length. BOS stands before the first text of a session only.
             progress: is called with the number of tokens read and to be read, every few windows; by default a long
                 text has a progress bar of transformers.
-            ephemeral: read it awake, until the next sleep, and keep it in no state and no file; what is asked and said
-                meanwhile sees it. From that sleep on the session is as if it had not been read.
+            n_loops: another N for the sleeps that this takes, or "auto".
+            ephemeral: read it awake until the next sleep, and keep it in no state and no file; what is asked and said
+                meanwhile sees it. After that sleep it is as if it had not been read. It ends no document.
 
         Returns:
             The session itself.
@@ -90,14 +111,16 @@ class Session:
         """
         with self._step():
             self._settle()
-            self._read(self._ids(text, "text"), progress, ephemeral)
+            self._read(self._ids(text, "text"), progress, n_loops, ephemeral)
+            if self.sleep_at is not None and not ephemeral:
+                self._doze(n_loops)
         return self
 
-    def sleep(self, n_loops: int | None = None, background: bool = False) -> Session:
+    def sleep(self, n_loops: Loops | None = None, background: bool = False) -> Session:
         """Sleep now on what is awake, also where the window is only part full.
 
         Args:
-            n_loops: another N for this sleep.
+            n_loops: another N for this sleep, or "auto".
             background: do not wait for it, see ``model.sleep``.
 
         Returns:
@@ -108,7 +131,7 @@ class Session:
         """
         with self._step():
             self._settle()
-            self.model.sleep(self.cache, n_loops=n_loops, background=background)
+            self._doze(n_loops, background)
         return self
 
     # --- asking and talking ----------------------------------------------------------------------------------------
@@ -141,10 +164,13 @@ class Session:
         if not questions:
             raise ValueError("expected a question or several, got an empty list")
         arguments = answer_keywords(generate, self.model.generation_config, self.tokenizer.pad_token_id)
-        session = self if keep else self.fork()
-        with session._step():
-            session._settle()
-            made = session._generate([session._ids(each, "question") for each in questions], arguments)
+        with self._idle.busy():
+            session = self if keep else self._copy()
+            with session._step():
+                session._settle()
+                made = session._generate([session._ids(each, "question") for each in questions], arguments)
+                if keep:
+                    self._end_turn(arguments)
         answers = [self._text(ids) for ids in made]
         return answers[0] if isinstance(question, str) else answers
 
@@ -172,31 +198,48 @@ class Session:
         arguments = answer_keywords(generate, self.model.generation_config, self.tokenizer.pad_token_id)
         with self._step():
             if not self._known.talk.messages:
-                self._known = _Moment(None, Conversation(opens=not _tokens(self.cache)[0]))
+                self._known = _Moment(None, Conversation(opens=not tokens_of(self.cache)[0]))
             talk = self._known.talk
             messages = (*talk.messages, {"role": "user", "content": text})
             ids = render(self.tokenizer, messages, talk.opens)
-            self._read(ids[self._go_back(ids[:-1]) : -1])
+            self._read(ids[self._go_back(ids[:-1]) : -1], n_loops=arguments.get("n_loops"))
             mark = None if self.cache.now is None else (self.cache.now.at_rest(), len(ids) - 1)
             # Where there is nothing but the conversation, generate is shown all of it (its penalties look at that).
-            whole = _tokens(self.cache)[0] == len(ids) - 1
+            whole = tokens_of(self.cache)[0] == len(ids) - 1
             made = self._generate([ids if whole else ids[-1:]], arguments, new_tokens=not whole)[0]
             answer = self._text(made)
             messages = (*messages, {"role": "assistant", "content": answer})
             self._known = _Moment(None, Conversation(messages, (*ids, *made), talk.fixed, talk.opens, mark))
+            self._end_turn(arguments)
         return answer
 
     # --- a session as a thing --------------------------------------------------------------------------------------
 
     def fork(self) -> Session:
-        """An independent session that has read the same, at no cost."""
-        other = Session(self.model, self.tokenizer)
+        """An independent session that has read the same, at no cost, and sleeps when this one would."""
+        with self._idle.busy():
+            return self._copy(self._idle.seconds)
+
+    def _copy(self, idle_sleep: float | None = None) -> Session:
+        other = Session(self.model, self.tokenizer, sleep_at=self.sleep_at, idle_sleep=idle_sleep)
         other.cache = self.cache.clone()
         other._known, other._steps = self._known, list(self._steps)
         return other
 
+    def close(self) -> None:
+        """Sleep no more when idle; a sleep that is under way is waited for. The session can be used on."""
+        self._idle.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def undo(self) -> Session:
         """Take back the latest read, say, kept ask or sleep; up to the last 16, one after the other.
+
+        What was slept on when idle since, or at the end of it, is taken back with it.
 
         Returns:
             The session itself.
@@ -204,15 +247,17 @@ class Session:
         Raises:
             ValueError: if there is nothing to take back.
         """
-        if not self._steps:
-            raise ValueError(f"expected a step to take back, of the latest {_STEPS} since load or forget none is left")
-        self._put(self._steps.pop())
+        with self._idle.busy():
+            if not self._steps:
+                raise ValueError(f"expected a step to take back, of the {_STEPS} since load or forget none is left")
+            self._put(self._steps.pop())
         return self
 
     def forget(self) -> Session:
         """Forget everything, also what `undo` would bring back; the session is as new."""
-        self._steps = []
-        self._put(_Moment(None, Conversation()))
+        with self._idle.busy():
+            self._steps = []
+            self._put(_Moment(None, Conversation()))
         return self
 
     def save(self, path: str | os.PathLike) -> None:
@@ -223,35 +268,32 @@ class Session:
         Raises:
             ValueError: for a session that has read nothing.
         """
-        self._notice()
-        now, talk = self.cache.now, self._known.talk
+        with self._idle.busy():
+            self._notice()
+            now, talk = self.cache.now, self._known.talk
         if now is None:
             raise ValueError("expected a session that has read something, got an empty one")
-        notes = {
-            "tokenizer": vocabulary_digest(self.tokenizer),
-            "messages": [dict(message) for message in talk.messages],
-            "ids": list(talk.ids),
-            "fixed": talk.fixed,
-            "opens": talk.opens,
-            "mark": None if talk.mark is None else talk.mark[1],
-        }
+        notes = {"tokenizer": vocabulary_digest(self.tokenizer), **talk.notes()}
         rows = [now] if talk.mark is None else [now, talk.mark[0]]
         write_session(path, Snapshot.join(rows) if len(rows) > 1 else now, {_NOTES: json.dumps(notes)})
 
     @classmethod
-    def load(cls, path: str | os.PathLike, model: SleepForCausalLM, tokenizer: PreTrainedTokenizerBase) -> Session:
+    def load(
+        cls, path: str | os.PathLike, model: SleepForCausalLM, tokenizer: PreTrainedTokenizerBase, **when: Any
+    ) -> Session:
         """A session that `save` wrote.
 
         Args:
             path: the file.
             model: the model that it belongs to; its weights may have been trained on.
             tokenizer: the one that it was read with.
+            when: ``sleep_at`` and ``idle_sleep``, which the file does not keep.
 
         Raises:
             CheckpointError: for a file that is damaged, altered, no session with text, or of another tokenizer.
             CacheMismatchError: for a session of another model.
         """
-        session = cls(model, tokenizer)
+        session = cls(model, tokenizer, **when)
         snapshot, metadata = read_with_notes(path)
         if _NOTES not in metadata:
             raise CheckpointError(f"expected a Session in {path}, got a bare SleepCache; SleepCache.load reads it")
@@ -262,9 +304,7 @@ class Session:
         whole.now = snapshot
         whole.begin(model.owner_of(model.options()), snapshot.batch_size, model.config.window_size, model.device)
         now, *marks = [part.now for part in whole.to(model.device).split()]
-        mark = None if notes["mark"] is None or marks[0] is None else (marks[0], notes["mark"])
-        messages = tuple(notes["messages"])
-        session._put(_Moment(now, Conversation(messages, tuple(notes["ids"]), notes["fixed"], notes["opens"], mark)))
+        session._put(_Moment(now, Conversation.noted(notes, *marks)))
         return session
 
     @property
@@ -276,7 +316,7 @@ class Session:
         windows, awake = sum(self.cache.windows), sum(self.cache.open_lengths)
         n_bytes = self.cache.state_bytes + self.cache.kv_bytes
         return (
-            f"Session({_tokens(self.cache)[0]:,} tokens, {windows:,} windows slept on, {awake:,} of "
+            f"Session({tokens_of(self.cache)[0]:,} tokens, {windows:,} windows slept on, {awake:,} of "
             f"{self.model.config.window_size:,} tokens awake, {n_bytes:,} bytes)"
         )
 
@@ -285,17 +325,36 @@ class Session:
     @contextmanager
     def _step(self) -> Iterator[None]:
         """What is done within is one step that `undo` takes back; if it fails it did not happen."""
+        with self._idle.busy():
+            with self._whole() as before:
+                yield
+            # The latest is kept whole; those before it without keys, so that each weighs a state and no window.
+            rest = [_Moment(step.now and step.now.at_rest(), step.talk) for step in self._steps[-(_STEPS - 1) :]]
+            self._steps = [*rest, before]
+
+    @contextmanager
+    def _whole(self) -> Iterator[_Moment]:
+        """What is done within is done as a whole, or did not happen; gives what was before."""
         self._notice()
         before = _Moment(self.cache.now, self._known.talk)
         try:
-            yield
+            yield before
         except BaseException:
             self._put(before)
             raise
         self._known = _Moment(self.cache.now, self._known.talk)
-        # The latest is kept whole; those before it without keys, so that each weighs a state and no window.
-        rest = [_Moment(step.now and step.now.at_rest(), step.talk) for step in self._steps[-(_STEPS - 1) :]]
-        self._steps = [*rest, before]
+
+    def _end_turn(self, arguments: dict[str, Any]) -> None:
+        if self.sleep_at == "turn":
+            self._settle()
+            self._doze(arguments.get("n_loops"))
+
+    def _sleep_idle(self) -> None:
+        """Called by the timer: part of the latest step, no step of its own."""
+        if any(self.cache.open_lengths) or any(self.cache.pending):
+            with self._whole():
+                self._settle()
+                self._doze()
 
     def _put(self, moment: _Moment) -> None:
         self.cache.now, self._known = moment.now, moment
@@ -307,23 +366,11 @@ class Session:
             return
         if len(self.cache.seen) > 1:
             raise ValueError(f"expected the session's cache to have one row, found {len(self.cache.seen)}")
-        shorter = now is None or (known.now is not None and _tokens(self.cache)[0] < known.now.seen[0])
+        shorter = now is None or (known.now is not None and tokens_of(self.cache)[0] < known.now.seen[0])
         goes_on = replace(known.talk, fixed=len(known.talk.ids), mark=None)
         self._known = _Moment(now, Conversation() if shorter else goes_on)
 
-    # --- text and ids ----------------------------------------------------------------------------------------------
-
-    def _ids(self, text: str, what: str) -> list[int]:
-        """The ids of a text, behind BOS if nothing was read before."""
-        if not isinstance(text, str):
-            raise TypeError(f"expected a {what} as str, got {type(text).__name__}")
-        ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        if not ids:
-            raise ValueError(f"expected a {what} of at least one token, got {text!r}")
-        return ids if _tokens(self.cache)[0] else [*front(self.tokenizer), *ids]
-
-    def _text(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+    # --- the conversation ------------------------------------------------------------------------------------------
 
     def _settle(self) -> None:
         """Bring a conversation into the form in which the template will write it from now on, before other things."""
@@ -352,41 +399,3 @@ class Session:
             f"one that now writes the {len(talk.ids)} ids of the conversation differently from id "
             f"{in_common(talk.ids, ids)} on; undo() the last steps, or forget() and begin anew"
         )
-
-    # --- the model -------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _read(self, ids: Sequence[int], progress: Progress | None = None, ephemeral: bool = False) -> None:
-        """Read in pieces that end one token after a window, where next to nothing has to be awake between them."""
-        if not ids:
-            return
-        device, window = self.model.device, int(self.model.config.window_size)
-        nothing = torch.zeros(0, dtype=torch.long)
-        ends = [*range(window - sum(self.cache.open_lengths) + (_PIECE - 1) * window + 1, len(ids), _PIECE * window)]
-        with bar(len(ids) if ends and progress is None else 0) as shown:
-            begin = 0
-            for end in (*ends, len(ids)):
-                piece = torch.tensor([ids[begin:end]], device=device)
-                own = torch.ones_like(piece, dtype=torch.bool) if ephemeral else None
-                self.model(piece, past_key_values=self.cache, logits_to_keep=nothing, ephemeral=own)
-                (progress or shown)(end, len(ids))
-                begin = end
-
-    def _generate(
-        self, prompts: Sequence[Sequence[int]], arguments: dict[str, Any], new_tokens: bool = True
-    ) -> list[list[int]]:
-        """The ids that the model makes after each prompt; the cache has a row for each of them afterwards."""
-        if len(prompts) > 1:
-            self.cache.batch_repeat_interleave(len(prompts))
-        before = _tokens(self.cache) if new_tokens else [0]
-        ids, mask = left_padded([torch.tensor(prompt, device=self.model.device) for prompt in prompts])
-        ours = {"attention_mask": mask, "past_key_values": self.cache, "return_dict_in_generate": False}
-        made: Any = self.model.generate(ids, new_tokens=new_tokens, tokenizer=self.tokenizer, **ours, **arguments)
-        rows = made[:, ids.shape[1] :].tolist()
-        counts = zip(_tokens(self.cache), before * (len(rows) // len(before)), prompts, strict=True)
-        return [row[: now - then - len(prompt)] for row, (now, then, prompt) in zip(rows, counts, strict=True)]
-
-
-def _tokens(cache: SleepCache) -> list[int]:
-    """Tokens of each row's text, pending ones too; one row of none for an empty session."""
-    return [seen + len(ids) for seen, ids in zip(cache.seen, cache.pending, strict=True)] or [0]

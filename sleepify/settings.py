@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
+AUTO: Literal["auto"] = "auto"
+# N of one call: so many passes, or as many as the state needs.
+Loops = int | Literal["auto"]
 EVICTIONS = ("hard", "sliding")
 CHECKPOINTS = ("none", "window", "loop")
 
@@ -22,6 +26,7 @@ class Settings:
     backprop_windows: int | None = None
     offload: bool = False
     check_finite: bool = False
+    auto_threshold: float | None = None
 
     def check(self) -> None:
         """See that every field could hold for some base.
@@ -39,6 +44,11 @@ class Settings:
         for name in ("offload", "check_finite"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"expected {name} to be true or false, got {getattr(self, name)!r}")
+        threshold = self.auto_threshold
+        if threshold is not None and (
+            isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold < math.inf
+        ):
+            raise ValueError(f"expected auto_threshold to be a number above 0, or None, got {threshold!r}")
         if self.loop_range is not None:
             bounds = list(self.loop_range) if isinstance(self.loop_range, (list, tuple)) else []
             if len(bounds) != 2 or not all(is_whole(b) for b in bounds) or not 0 <= bounds[0] < bounds[1]:
@@ -60,7 +70,36 @@ class Settings:
         return self.checkpoint != "window" and self.backprop_loops is None
 
 
+@dataclass(kw_only=True)
+class Adaptive(Settings):
+    """Settings of a call in which a row makes passes until its state has settled, N of them at most."""
+
+
 SETTINGS = tuple(field.name for field in fields(Settings))
+
+
+def with_loops(settings: Settings, n_loops: Loops | None) -> Settings:
+    """The settings of a call that chooses its own N.
+
+    Args:
+        settings: the model's.
+        n_loops: N, "auto" for as many passes as the state needs (at most the model's N), None for the model's N.
+
+    Raises:
+        ValueError: for what is neither, or "auto" without a threshold.
+    """
+    if n_loops is None:
+        return settings
+    if not isinstance(n_loops, str):
+        return replace(settings, n_loops=check_positive("n_loops", n_loops))
+    if n_loops != AUTO:
+        raise ValueError(f'expected n_loops to be a whole number of at least 1, or "auto", got {n_loops!r}')
+    if settings.auto_threshold is None:
+        raise ValueError(
+            'expected a threshold for n_loops="auto", got auto_threshold=None: sleepify.calibrate(model, rows, '
+            "mean_n_loops=...) finds one; set model.config.auto_threshold"
+        )
+    return Adaptive(**vars(settings))
 
 
 def check_positive(name: str, value: Any) -> int:

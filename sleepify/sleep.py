@@ -5,7 +5,7 @@
         awake:   h, S <- Blocks(Embed(window), S);  predictions from h                                        `wake`
 
 What is decided about it (who sleeps when, which layers a pass runs, where gradient flows) is in `schedule`, before
-anything runs. This is the only module that loops, and it knows no model: what it needs of one is in `Blocks`.
+anything runs, and in `convergence`. This is the only module that loops; what it needs of a model is in `Blocks`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from sleepify.convergence import Course
 from sleepify.errors import NonFiniteStateError
 from sleepify.memory import Memory
 from sleepify.recompute import recompute
-from sleepify.schedule import Passes, Round, Sleep, Wake, passes
+from sleepify.schedule import Round, Sleep, Wake
 from sleepify.settings import Settings
 from sleepify.snapshot import Snapshot, Window
 
@@ -61,7 +62,7 @@ class FirstPass(NamedTuple):
 
 
 def consolidate(
-    blocks: Blocks, window: Window, memory: Memory, plan: Passes, settings: Settings, first: FirstPass | None = None
+    blocks: Blocks, window: Window, memory: Memory, course: Course, settings: Settings, first: FirstPass | None = None
 ) -> list[Memory]:
     """Sleep on one window: N passes over it, and the memory that they leave (§5, Alg. 1).
 
@@ -69,33 +70,33 @@ def consolidate(
         blocks: the model.
         window: its tokens.
         memory: as it was *before* the window's first token, so that no wake pass leaks in (contract 2).
-        plan: prelude, N passes, coda.
+        course: prelude, N passes, coda, and which rows stop before the last.
         settings: what is recomputed and what retained.
         first: the first pass, if a wake pass over the whole window has made it already: the two are the same.
 
     Returns:
-        State and, under sliding eviction, latest L-1 keys and values after the last pass; before it those after every
-        other pass that ``ends``, what a sleep of so few passes leaves.
+        State and, under sliding eviction, latest L-1 keys and values after each row's last pass; before it those after
+        every other pass that ``ends``, what a sleep of so few passes leaves.
     """
-    memory = memory.fetched()
+    memory, plan, ends = memory.fetched(), course.plan, list[Memory]()
     if first is None:
         hidden, frame = blocks.open(window.input_ids, window.lengths, window.positions, memory, settings.sliding)
         hidden, now = _run(settings, blocks, hidden, memory, frame, *plan.prelude)
     else:
         hidden, now, frame = first
-    ends = []
     for loop, each in enumerate(plan.loops):
         # Truncated backpropagation: what enters the last passes is a constant (§7 names it as future work).
         with torch.set_grad_enabled(torch.is_grad_enabled() and each.gradient):
             if loop or first is None:
                 now = now.reenter(memory, *blocks.loop_range)
                 hidden, now = _run(settings, blocks, hidden, now, frame, each.start, each.stop)
-            if each.ends:
+            if course.asks(loop, memory, now):
                 _, end = _run(settings, blocks, hidden, now, frame, *plan.coda)
                 ends.append(end.advance(window.lengths, window.input_ids.shape[1]).last_keys(settings.retained))
-            if not each.is_last:
-                hidden = blocks.close_loop(hidden)
-    return ends
+            if course.is_over(loop):
+                break
+            hidden = blocks.close_loop(hidden)
+    return course.left(ends)
 
 
 def wake(
@@ -126,20 +127,19 @@ def sleep(
 ) -> Snapshot:
     """Consolidate what is awake in some rows of a session, full window or not (contract 2); ``watch`` is shown it."""
     window, memory = before.open_window(each.rows, settings.sliding), before.before_window(each.rows)
-    ending = (blocks.last_writer(settings.sliding), settings.backprop_loops, branch is not None)
-    plan = passes(settings.n_loops, blocks.loop_range, *ending)
+    course = Course(settings, blocks.loop_range, blocks.last_writer(settings.sliding), each.rows, branch is not None)
     with torch.set_grad_enabled(torch.is_grad_enabled() and each.gradient):
         if settings.offload and settings.checkpoint == "window":
             # On the CPU a window boundary costs the accelerator nothing until the backward pass.
             memory = memory.parked()
-        *earlier, after = recompute(settings, "window", consolidate, blocks, window, memory, plan, settings, first)
+        *earlier, after = recompute(settings, "window", consolidate, blocks, window, memory, course, settings, first)
     if settings.check_finite and (key := after.not_finite()) is not None:
         raise NonFiniteStateError(key, window=max(before.windows[row] for row in each.rows))
     if watch is not None:
         watch(each, after)
     if branch is not None:
         branch(each, earlier)
-    return before.close_window(each.rows, after, settings.n_loops)
+    return before.close_window(each.rows, after, course.passes)
 
 
 def read(

@@ -279,15 +279,15 @@ class Snapshot:
         memory = Memory(self.batch_size, self.at_start, self.memory.kv, self.memory.kv_lengths)
         return memory.select(rows).first_keys([self.retained[row] for row in rows])
 
-    def close_window(self, rows: Sequence[int], memory: Memory, n_loops: int) -> Snapshot:
-        """With what sleep left in the place of the open window; gone is everything else of it (contract 5)."""
+    def close_window(self, rows: Sequence[int], memory: Memory, passes: Sequence[int]) -> Snapshot:
+        """With what sleep, of so many passes per row, left in the place of the open window; all else of it is gone."""
         at_start = Memory(self.batch_size, self.at_start).put(rows, Memory(memory.batch_size, memory.state))
         lengths = [length if row in set(rows) else 0 for row, length in enumerate(self.open_lengths)]
         counts = {name: list(getattr(self, name)) for name in _COUNTS}
-        for row, length in zip(rows, memory.kv_lengths, strict=True):
+        for row, length, made in zip(rows, memory.kv_lengths, passes, strict=True):
             counts["open_lengths"][row], counts["retained"][row], counts["stale"][row] = 0, length, False
             counts["windows"][row] += 1
-            counts["passes"][row], counts["ephemeral"][row] = n_loops, ()
+            counts["passes"][row], counts["ephemeral"][row] = made, ()
         closed: dict[str, Any] = {name: tuple(values) for name, values in counts.items()}
         return replace(
             self,

@@ -31,7 +31,7 @@ def test_every_parameter_is_explained() -> None:
 
 def test_unknown_keywords_are_named_with_those_that_there_are() -> None:
     with pytest.raises(
-        TypeError, match=r"unknown keywords \['n_lops'\]; known are \['backprop_loops'.*'window_size'\]"
+        TypeError, match=r"unknown keywords \['n_lops'\]; known are \['auto_threshold'.*'window_size'\]"
     ):
         sleepify(tiny_base("qwen3"), n_lops=2)
 

@@ -14,6 +14,7 @@ from sleepify.version import __version__
 COMMANDS = {
     "train": "train from a recipe's YAML file, on one device or through accelerate launch",
     "evaluate": "test a checkpoint at any N and windows, or measure its perplexity on a text",
+    "calibrate": "find the threshold of n_loops=auto on a text, for a mean number of passes",
     "generate": "continue a prompt, sleeping whenever a window is full",
     "chat": "talk in the terminal with a model that sleeps",
     "serve": "answer over HTTP in OpenAI's form, with sessions that sleep",

@@ -35,6 +35,7 @@ def create_app(
     folder: Path | None = None,
     idle_sleep: float | None = None,
     limits: Limits | None = None,
+    shared: bool = False,
 ) -> FastAPI:
     """A server of one model.
 
@@ -46,11 +47,13 @@ def create_app(
         folder: where sessions are kept, None for memory only.
         idle_sleep: a session that was idle for so many seconds sleeps on its open window; None for never.
         limits: of requests.
+        shared: whether other servers of the same model keep sessions in the folder, too. Each session is then whole
+            on each of them, as long as its turns come one after the other.
 
     Raises:
         ValueError: for a tokenizer that does not fit the model.
     """
-    engine = Engine(model, tokenizer, limits or Limits(), folder, idle_sleep)
+    engine = Engine(model, tokenizer, limits or Limits(), folder, idle_sleep, shared)
     server = _Server(engine, name, frozenset(map(key_hash, keys)))
 
     @asynccontextmanager

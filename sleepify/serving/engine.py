@@ -78,13 +78,20 @@ class Engine:
         limits: of requests.
         folder: where sessions are kept, None for memory only.
         idle_sleep: a session that was idle for so many seconds sleeps on its open window; None for never.
+        shared: whether other servers of the same model keep sessions in the folder, too, see `Store`.
 
     Raises:
         ValueError: for a tokenizer that does not fit.
     """
 
     def __init__(
-        self, model: SleepForCausalLM, tokenizer: Any, limits: Limits, folder: Path | None, idle_sleep: float | None
+        self,
+        model: SleepForCausalLM,
+        tokenizer: Any,
+        limits: Limits,
+        folder: Path | None,
+        idle_sleep: float | None,
+        shared: bool = False,
     ) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError("expected a tokenizer with a chat template, got one without; set tokenizer.chat_template")
@@ -97,7 +104,7 @@ class Engine:
         self._tokenizer, self._idle_sleep = tokenizer, idle_sleep
         self._template_tokenizer = copy.deepcopy(tokenizer)
         self._renderer = ThreadPoolExecutor(1, thread_name_prefix="sleepify-template")
-        self.store = Store(_owner_of(model), folder, limits.bytes, limits.sessions)
+        self.store = Store(_owner_of(model), folder, limits.bytes, limits.sessions, shared)
         self.scheduler = Scheduler(model, _stop_ids(model, tokenizer), self.metrics)
         self._naps: asyncio.Task[None] | None = None
 

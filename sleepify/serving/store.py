@@ -18,8 +18,7 @@ import logging
 import re
 import secrets
 import time
-from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from sleepify.cache import SleepCache
 from sleepify.errors import CheckpointError
 from sleepify.files import discard, written_beside
 from sleepify.memory import Memory
+from sleepify.serving.prefixes import NOTHING, common, digests, extended
 
 log = logging.getLogger("sleepify.serve")
 
@@ -39,7 +39,6 @@ _KEPT = (
 )
 # What is written here, whole or as a draft; other files in the folder are left alone.
 _OURS = re.compile(r"\.?(sess|resp)_[\w-]{32}(\.\d+)?(\.draft)?\.(json|safetensors)")
-_EMPTY = hashlib.sha256(b"").hexdigest()
 
 
 @dataclass(eq=False)
@@ -73,7 +72,7 @@ class Session:
     used: float = field(default_factory=time.time)
     turn: int = 0
     start: int = 0
-    start_digest: str = _EMPTY
+    start_digest: str = NOTHING
     open_ids: list[int] = field(default_factory=list)
     windows: int = 0
     cache: SleepCache | None = None
@@ -109,10 +108,12 @@ class Store:
         folder: where they are kept; None to keep them in memory only.
         limit: bytes in memory; beyond it the longest idle ones leave it, to be forgotten if there is no folder.
         per_key: sessions of one key; beyond it the longest idle one that was never called by name is forgotten.
+        shared: whether other processes keep sessions in the folder, too. What these have made of one is then taken
+            over when it is called; its turns must still come one after the other.
     """
 
-    def __init__(self, owner: str, folder: Path | None, limit: int, per_key: int) -> None:
-        self.owner, self.folder, self.limit, self.per_key = owner, folder, limit, per_key
+    def __init__(self, owner: str, folder: Path | None, limit: int, per_key: int, shared: bool = False) -> None:
+        self.owner, self.folder, self.limit, self.per_key, self.shared = owner, folder, limit, per_key, shared
         self.bytes = 0
         self._sessions: dict[str, Session] = {}
         self._by_start: dict[tuple[str, int, str], set[str]] = {}
@@ -134,6 +135,8 @@ class Store:
 
     def get(self, session_id: str, key: str) -> Session | None:
         """The session of that id if it belongs to the key."""
+        if self.shared:
+            self._look_again(session_id)
         found = self._sessions.get(session_id)
         return found if found is not None and secrets.compare_digest(found.key, key) else None
 
@@ -142,14 +145,20 @@ class Store:
 
         A session can go back as far as the start of its open window; what it has slept on must be there as a whole.
         """
+        while True:
+            best, longest = self._longest_prefix(key, ids)
+            if best is None or not self.shared or not self._look_again(best.id):
+                return best, longest
+
+    def _longest_prefix(self, key: str, ids: Sequence[int]) -> tuple[Session | None, int]:
         best, longest = None, 0
         starts = sorted(count for count in self._starts.get(key, {}) if count < len(ids))
         for count, digest in zip(starts, digests(ids, starts), strict=True):
             for session_id in self._by_start.get((key, count, digest), ()):
                 session = self._sessions[session_id]
-                common = count + _common(session.open_ids, ids[count : count + len(session.open_ids)])
-                if common > longest or (best is not None and common == longest and session.used > best.used):
-                    best, longest = session, common
+                alike = count + common(session.open_ids, ids[count : count + len(session.open_ids)])
+                if alike > longest or (best is not None and alike == longest and session.used > best.used):
+                    best, longest = session, alike
         return best, longest
 
     def idle(self, since: float) -> list[Session]:
@@ -162,6 +171,7 @@ class Store:
             and each.open_ids
             and each.digest is not None
             and not each.busy.locked()
+            and not (self.shared and self._is_gone_on(each))
         ]
 
     # --- a session's life ------------------------------------------------------------------------------------------
@@ -196,13 +206,13 @@ class Store:
         if session.id not in self._sessions:
             await self._make_place(session.key)
         session.messages, session.used = messages, time.time()
-        await self._move(session, cache, _extended(hashlib.sha256(), read[: _start(cache)]))
+        await self._move(session, cache, extended(hashlib.sha256(), read[: _start(cache)]))
         return not session.erased
 
     async def keep_slept(self, session: Session, cache: SleepCache) -> None:
         """It has slept on all of its open window."""
         if not session.erased and session.digest is not None:
-            await self._move(session, cache, _extended(session.digest.copy(), session.open_ids))
+            await self._move(session, cache, extended(session.digest.copy(), session.open_ids))
 
     async def _move(self, session: Session, cache: SleepCache, digest: hashlib._Hash) -> None:
         assert cache.open_ids is not None
@@ -316,48 +326,46 @@ class Store:
 
     def _find(self, folder: Path) -> None:
         """The sessions of an earlier process; what one that was killed left half done is removed."""
-        known = set()
+        known: set[str] = set()
         for path in sorted(each for each in folder.glob("*.json") if _OURS.fullmatch(each.name)):
-            try:
-                kept = json.loads(path.read_text(encoding="utf-8"))
-                session = Session(**{name: kept[name] for name in _KEPT})
-            except (ValueError, KeyError, TypeError) as error:
-                log.warning("no session in %s: %r", path, error)
-                continue
-            known |= {path.name, session.file(folder).name}
-            if session.owner != self.owner or path.name != f"{session.id}.json":
-                log.warning("%s is left alone: it belongs to another model (%s)", path, session.owner)
-                continue
-            self._sessions[session.id] = session
-            self._note_start(session)
-        for path in folder.iterdir():
+            known |= self._take_in(path)
+        for path in () if self.shared else folder.iterdir():
             if path.name not in known and _OURS.fullmatch(path.name):
                 discard(path)
 
+    def _take_in(self, path: Path) -> set[str]:
+        """The session of a record, if it is of this model; the names of the files that belong to the record."""
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            session = Session(**{name: kept[name] for name in _KEPT})
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            log.warning("no session in %s: %r", path, error)
+            return set()
+        if session.owner == self.owner and path.name == f"{session.id}.json":
+            self._sessions[session.id] = session
+            self._note_start(session)
+        else:
+            log.warning("%s is left alone: it belongs to another model (%s)", path, session.owner)
+        return {path.name, session.file(path.parent).name}
 
-def _extended(digest: hashlib._Hash, ids: Sequence[int]) -> hashlib._Hash:
-    digest.update(array("Q", ids).tobytes())
-    return digest
+    def _is_gone_on(self, session: Session) -> bool:
+        """Whether another process has moved or erased a session, whose latest file is then not the one known."""
+        return self.folder is not None and not session.busy.locked() and not session.file(self.folder).exists()
+
+    def _look_again(self, session_id: str) -> bool:
+        """Take over what another process has made of a session, or made anew; whether there was such a thing."""
+        known, path = self._sessions.get(session_id), (self.folder or Path()) / f"{session_id}.json"
+        if self.folder is None or not _OURS.fullmatch(path.name) or (known and not self._is_gone_on(known)):
+            return False
+        if known:
+            self._forget_start(known)
+            self._release(known)
+            del self._sessions[session_id]
+        return bool((path.exists() and self._take_in(path)) or known)
 
 
 def _start(cache: SleepCache) -> int:
     return cache.seen[0] - cache.open_lengths[0]
-
-
-def digests(ids: Sequence[int], counts: Iterable[int]) -> list[str]:
-    """Of the first so many ids, for every count, in rising order."""
-    digest, done, found = hashlib.sha256(), 0, []
-    for count in counts:
-        digest, done = _extended(digest, ids[done:count]), count
-        found.append(digest.copy().hexdigest())
-    return found
-
-
-def _common(some: Sequence[int], others: Sequence[int]) -> int:
-    for place, (a, b) in enumerate(zip(some, others, strict=False)):
-        if a != b:
-            return place
-    return min(len(some), len(others))
 
 
 def _bytes(cache: SleepCache) -> int:

@@ -174,7 +174,9 @@ class Memory:
         total = tuple(before + new for before, new in zip(self.kv_lengths, lengths, strict=True))
         columns = self.room or max(total, default=0)
         if not self.kv or all(length == width for length in lengths):
-            kv = {i: (_last(k, columns), _last(v, columns)) for i, (k, v) in self.kv.items()}
+            kv = self.kv
+            if columns != have:
+                kv = {i: (_last(k, columns), _last(v, columns)) for i, (k, v) in kv.items()}
         else:
             # Close the gap between a row's new entries and the right edge; what rolls in on the left is never read.
             shift = torch.tensor([width - length for length in lengths])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -191,7 +192,9 @@ class SleepForCausalLM(
             ValueError: for a value that this base cannot have.
         """
         settings = self._settings.of(self.config, self._recompute)
-        return settings if n_loops is None else replace(settings, n_loops=check_positive("n_loops", n_loops))
+        if n_loops is None or check_positive("n_loops", n_loops) == settings.n_loops:
+            return settings
+        return replace(settings, n_loops=n_loops)
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -309,14 +312,14 @@ class SleepForCausalLM(
             backprop_windows=settings.backprop_windows if torch.is_grad_enabled() else None,
         )
         # Where each pass is recomputed by itself, a cast per pass takes no more memory than one for all.
-        with cast_per_use(settings.checkpoint == "loop"):
+        with cast_per_use() if settings.checkpoint == "loop" else nullcontext():
             session, pieces = algorithm.read(
                 blocks, session, tokens.ids, plan.rounds, settings, use_cache, self.watch, self.branch
             )
         after = None
         if use_cache:
             # What is read outside training is a constant: a session must not hold every graph since its beginning.
-            after = session if self.training else session.map(Tensor.detach)
+            after = session if self.training else session.detached()
             after = replace(after, columns=after.columns + input_ids.shape[1])
         return Reading(blocks, pieces, plan, tokens, cache, after, self.objective, whole=awake is not None)
 

@@ -56,7 +56,7 @@ class SleepOnDemand:
                 awake.setdefault(0 if blocks.masks_padding else length, []).append(row)
         for group in awake.values():
             session = algorithm.sleep(blocks, session, Sleep(tuple(group)), settings, watch=model.watch)
-        past_key_values.now = session if model.training else session.map(Tensor.detach)
+        past_key_values.now = session if model.training else session.detached()
         return past_key_values
 
     def _read_pending(self, blocks: algorithm.Blocks, session: Snapshot, settings: Settings) -> Snapshot:

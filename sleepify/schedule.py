@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 
@@ -155,9 +156,7 @@ def schedule(
     fits = all(0 < length <= window_size - have for have, length in zip(open_lengths, lengths, strict=True))
     if wanted is None and fits and len(set(lengths)) == 1:
         # A token of every row, or a prompt within the window: nobody sleeps, all are read together.
-        rows, whole = tuple(range(batch)), tuple(lengths)
-        every = np.repeat(np.arange(batch), lengths[0]), np.tile(np.arange(lengths[0]), batch)
-        return Schedule((Round((), rows, (0,) * batch, whole, (Wake(rows, whole),)),), *every)
+        return _together(batch, lengths[0])
     asked = _Asked.of(open_lengths, lengths, wanted, window_size)
     ends = list(lengths) if keep else asked.ends
     # A full window sleeps only when a token follows it, hence the -1.
@@ -205,6 +204,14 @@ def schedule(
         active = later
     order = np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int64)
     return Schedule(tuple(rounds), asked.rows[order], asked.columns[order])
+
+
+@lru_cache(maxsize=4)
+def _together(batch: int, length: int) -> Schedule:
+    """All rows read so many tokens awake, all of which are wanted: the same for every token of a text."""
+    rows = tuple(range(batch))
+    every = np.repeat(np.arange(batch), length), np.tile(np.arange(length), batch)
+    return Schedule((Round((), rows, (0,) * batch, (length,) * batch, (Wake(rows, (length,) * batch),)),), *every)
 
 
 def _groups(rows: Iterable[int], keys: dict[int, int], together: bool) -> list[tuple[int, ...]]:

@@ -208,6 +208,7 @@ class SleepForCausalLM(
         n_loops: int | None = None,
         num_items_in_batch: int | Tensor | None = None,
         awake: Tensor | None = None,
+        loss_pieces: int = 1,
         inputs_embeds: None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -238,6 +239,7 @@ class SleepForCausalLM(
             awake: [B, T] bool, tokens to read awake although nothing is asked of them. When given, also with none set,
                 which layers are called depends on nothing but the windows slept on and read awake, as FSDP and ZeRO
                 need it.
+            loss_pieces: with ``awake``, how often the head is called for the loss, the same on all ranks.
             inputs_embeds, output_attentions, output_hidden_states: wrappers such as peft name them; they must be off,
                 since sleep replays ids, and hidden states of several passes have no place in one tuple.
             position_ids, cache_position, token_type_ids: must say what is so anyway. Positions that begin at 0 again,
@@ -261,7 +263,7 @@ class SleepForCausalLM(
         reading = self._read(
             input_ids, attention_mask, past_key_values, labels, use_cache, logits_to_keep, n_loops, awake, marks
         )
-        loss, logits = reading.predict(num_items_in_batch)
+        loss, logits = reading.predict(num_items_in_batch, check_positive("loss_pieces", loss_pieces))
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=reading.keep())
 
     def _read(
@@ -312,7 +314,7 @@ class SleepForCausalLM(
             backprop_windows=settings.backprop_windows if torch.is_grad_enabled() else None,
         )
         # Where each pass is recomputed by itself, a cast per pass takes no more memory than one for all.
-        with cast_per_use() if settings.checkpoint == "loop" else nullcontext():
+        with cast_per_use() if settings.checkpoint in ("loop", "selective") else nullcontext():
             session, pieces = algorithm.read(
                 blocks, session, tokens.ids, plan.rounds, settings, use_cache, self.watch, self.branch
             )

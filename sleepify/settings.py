@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 EVICTIONS = ("hard", "sliding")
-CHECKPOINTS = ("none", "window", "loop")
+CHECKPOINTS = ("none", "window", "loop", "selective")
 
 
 @dataclass(kw_only=True)

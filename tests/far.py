@@ -29,6 +29,7 @@ _READS = {
     *(_ATEN._unique2.default, _ATEN.unique_dim.default, _ATEN.bincount.default),
     *(_ATEN.repeat_interleave.Tensor, _ATEN.allclose.default),
 }
+_CROSSING = {_ATEN.copy_.default, _ATEN._to_copy.default}
 _BY_INDEX = {_ATEN.index.Tensor, _ATEN.index_put.default, _ATEN.index_put_.default}
 
 
@@ -80,6 +81,9 @@ class Waits(TorchDispatchMode):
         leaves = tree_leaves((args, kwargs))
         assert not any(isinstance(leaf, Tensor) and leaf.is_meta and not isinstance(leaf, FarTensor) for leaf in leaves)
         far = [leaf for leaf in leaves if isinstance(leaf, FarTensor)]
+        near = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, FarTensor) and leaf.dim()]
+        if far and near and func not in _CROSSING:
+            raise RuntimeError(f"expected all tensors of {func} on one device, found some on {FAR} and some on the CPU")
         home = kwargs.get("device")
         to = None if home is None else torch.device(home)
         if to == FAR:

@@ -181,8 +181,8 @@ def measure_overhead(what: Inference, repeats: int, seconds: float | None = None
     times = alternate(actions, repeats, warmup=min(repeats, 20), device=what.device, seconds=seconds)
     part = Part(
         "What a session adds to a token",
-        f"Half a window of {half} keys in all three, batch 1, N = 1; {len(times['base'])} tokens each. The second row is "
-        "the base's own forward pass with the inserted layers called by hooks.",
+        f"Half a window of {half} keys in all three, batch 1, N = 1; {len(times['base'])} tokens each. The second row "
+        "is the base's own forward pass with the inserted layers called by hooks.",
         ["", "milliseconds", "over the base's token"],
     )
     for label, key in [("base", "base"), ("base and inserted layers", "hybrid"), ("wake token", "slept")]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
 from sleepify import sleep as algorithm
 from sleepify.cache import SleepCache
 from sleepify.rows import Rows

@@ -90,7 +90,9 @@ class Waits(TorchDispatchMode):
             kwargs["device"] = torch.device("cpu")
         if _waits(func, args, kwargs, bool(far), to):
             self.note(str(func))
-        near_args, near_kwargs = tree_map(lambda leaf: leaf.near if isinstance(leaf, FarTensor) else leaf, (args, kwargs))
+        near_args, near_kwargs = tree_map(
+            lambda leaf: leaf.near if isinstance(leaf, FarTensor) else leaf, (args, kwargs)
+        )
         with no_dispatch():
             output = func(*near_args, **near_kwargs)
         if to == torch.device("cpu") or not (far or to == FAR):
@@ -126,7 +128,7 @@ def _waits(func: Any, args: Any, kwargs: dict[str, Any], any_far: bool, to: torc
 
 
 class _Made(TorchFunctionMode):
-    """Tensors made of Python's numbers on the far device, which torch makes without asking anybody: a copy that waits."""
+    """Tensors made of Python's numbers on the far device, made by torch without asking anybody: a copy that waits."""
 
     def __init__(self, waits: Waits) -> None:
         super().__init__()

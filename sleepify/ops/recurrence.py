@@ -23,8 +23,8 @@ def token_by_token(
     write: Write, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None,
     scale: float, qk_l2norm: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The slow form for many tokens, and for a single one the only one: of a wake token of a small model, what is called
-    for takes longer than what is computed.
+    """The slow form for many tokens, and for a single one the only one: there every call counts, however little it
+    computes.
 
     Args:
         write: of the decayed state [B*H,K,V], a token's key [B*H,1,K] and value [B*H,1,V], what is written there, like

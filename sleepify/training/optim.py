@@ -159,7 +159,8 @@ def build_deepspeed_optimizer(model: nn.Module, args: SleepTrainingArguments) ->
         )
     if args.muon_adjust_lr != "original":
         raise ValueError(
-            f"expected muon_adjust_lr='original' under DeepSpeed, whose Muon knows no other, got {args.muon_adjust_lr!r}"
+            "expected muon_adjust_lr='original' under DeepSpeed, whose Muon knows no other, "
+            f"got {args.muon_adjust_lr!r}"
         )
     adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     groups = []

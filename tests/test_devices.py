@@ -12,15 +12,18 @@ from tolerances import GROWN, assert_close
 from sleepify import SleepCache
 
 
-def here(module, positional, keywords):
-    """What accelerate's hooks do before a layer is called."""
+def put(module, device):
+    """What accelerate's hooks do before a layer is called: what it is given goes to where it is."""
 
     def move(value):
         if isinstance(value, (list, tuple)):
             return type(value)(map(move, value))
-        return value.to(FAR) if isinstance(value, torch.Tensor) else value
+        return value.to(device) if isinstance(value, torch.Tensor) else value
 
-    return move(positional), {name: move(value) for name, value in keywords.items()}
+    def before(_, positional, keywords):
+        return move(positional), {name: move(value) for name, value in keywords.items()}
+
+    module.register_forward_pre_hook(before, with_kwargs=True)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "jet_nemotron"])
@@ -33,7 +36,8 @@ def test_rows_of_different_length_are_read_by_layers_on_two_devices(family):
     decoder = model.language_model.model
     with far_away(), torch.no_grad():
         for module in (*decoder.layers[1:], decoder.norm, model.language_model.lm_head):
-            send(module).register_forward_pre_hook(here, with_kwargs=True)
+            put(send(module), FAR)
+        put(decoder.layers[0], "cpu")
         for index, layer in model.blocks.inserted.items():
             # No hook sees these: they are where their neighbour is.
             if index > 0:

@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--window_size", type=int, default=2000, help="L")
     parser.add_argument("--n_loops", type=int, help="N; by default 6 for Jet-Nemotron and 4 for Ouro")
     parser.add_argument("--batch_size", type=int, default=1)
-    parser.add_argument("--checkpoint", choices=["none", "window", "loop"], default="loop")
+    parser.add_argument("--checkpoint", choices=["none", "window", "loop", "selective"], default="loop")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="narrow models, to try the script")
     arguments = parser.parse_args(argv)

@@ -23,7 +23,7 @@ from benchmarks.models import SUPERVISED, Setting, small_ouro, text, windowed_st
 from benchmarks.report import Claim, Part, page_arguments, publish
 from sleepify import SleepCache, SleepForCausalLM
 
-MODES = ("none", "loop", "window")
+MODES = ("none", "selective", "loop", "window")
 
 
 class LiveBytes(TorchDispatchMode):
@@ -134,7 +134,8 @@ def main(argv: list[str] | None = None) -> list[Part]:
         "Every tensor that an operation makes counts from its making until nothing refers to its storage, forward and "
         "backward, gradients of the weights included, with Python's cycle collector off, so that what only it would "
         "free counts as held; exact and the same on every run, unlike the size of the process. "
-        'Ouro with 4 layers of 256 channels and two Jet layers, float32. "none" keeps all activations; "loop" keeps '
+        'Ouro with 4 layers of 256 channels and two Jet layers, float32. "none" keeps all activations; "selective" '
+        'keeps what projections and attention give, and runs norms, gates, convolutions and rules again; "loop" keeps '
         'what enters a pass and runs it again; "window" keeps what enters a window, that is the state, and runs all N '
         "passes again, so that its peak is one window's, whatever T."
     )

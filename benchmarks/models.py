@@ -42,7 +42,7 @@ class Setting:
 
     Attributes:
         batch_size: rows of a step.
-        checkpoint: "none", "window" or "loop"; for the parallel hybrid anything but "none" is per layer.
+        checkpoint: "none", "window", "loop" or "selective"; for the parallel hybrid anything but "none" is per layer.
     """
 
     batch_size: int = 1

@@ -149,6 +149,59 @@ def measure_tokens(what: Inference, repeats: int, seconds: float | None = None) 
 
 
 @torch.no_grad()
+def measure_overhead(what: Inference, repeats: int, seconds: float | None = None) -> Part:
+    """A wake token beside the base's own with as many keys, and beside the base with the same inserted layers.
+
+    The last is the base's own forward pass with hooks that call the inserted layers, from the same state: what any
+    implementation of the architecture must compute. What a wake token takes beyond it is the session's doing.
+    """
+    half = what.window // 2
+    session, keys = SleepCache(), DynamicCache(config=what.base.config)
+    what.model(what.ids[:, : what.window + half], past_key_values=session, n_loops=1, logits_to_keep=1)
+    what.base(what.ids[:, what.window : what.window + half], past_key_values=keys, logits_to_keep=1)
+    token = what.ids[:, :1]
+    layers: Any = what.model.blocks.layers
+    inserted = what.model.blocks.inserted
+    states = {index: session.memory.state[index, 1] for index in inserted}
+
+    def slept() -> None:
+        what.model(token, past_key_values=session.clone(), n_loops=1, logits_to_keep=1)
+
+    def base() -> None:
+        what.base(token, past_key_values=keys, logits_to_keep=1)
+        keys.crop(-1)
+
+    def hybrid() -> None:
+        hooks = [layers[i].register_forward_hook(partial(_insert, inserted[i], states[i])) for i in inserted]
+        base()
+        for hook in hooks:
+            hook.remove()
+
+    actions: dict[Any, Callable[[], None]] = {"base": base, "hybrid": hybrid, "slept": slept}
+    times = alternate(actions, repeats, warmup=min(repeats, 20), device=what.device, seconds=seconds)
+    part = Part(
+        "What a session adds to a token",
+        f"Half a window of {half} keys in all three, batch 1, N = 1; {len(times['base'])} tokens each. The second row "
+        "is the base's own forward pass with the inserted layers called by hooks.",
+        ["", "milliseconds", "over the base's token"],
+    )
+    for label, key in [("base", "base"), ("base and inserted layers", "hybrid"), ("wake token", "slept")]:
+        spread, compared = Spread.of(times[key]), ratio(times, key, "base")
+        part.rows.append([label, spread.text(1e3), compared.text(digits=3)])
+        part.figures[label] = {"seconds": spread, "over the base's token": compared}
+    rest = [(a - b) / c for a, b, c in zip(times["slept"], times["hybrid"], times["base"], strict=True)]
+    part.figures["rest"] = {"over the base's token": Spread.of(rest)}
+    claim = "wake token less base and inserted layers, over the base's token"
+    part.claims.append(Claim(claim, Spread.of(rest).median, at_most=0.05))
+    return part
+
+
+def _insert(layer: Any, state: Any, module: Any, inputs: Any, output: Any) -> Any:
+    hidden = output[0] if isinstance(output, tuple) else output
+    return layer(hidden, state, None)[0]
+
+
+@torch.no_grad()
 def measure_sleep(what: Inference, repeats: int, seconds: float | None = None) -> Part:
     """The pause that a sleep makes, beside one wake pass over the same window."""
     before = SleepCache()
@@ -216,7 +269,7 @@ def main(argv: list[str] | None = None) -> list[Part]:
     sleeps = (1, 2, 4, 6)
     what = Inference(model, ids, window, n_windows, n_loops, sleeps, prompt=2 if arguments.tiny else 32)
     few = -(-arguments.repeats // 40)
-    parts = measure_tokens(what, arguments.repeats)
+    parts = [*measure_tokens(what, arguments.repeats), measure_overhead(what, 2 * arguments.repeats)]
     parts += [measure_sleep(what, 4 * few), measure_prompt(what, few)]
     intro = (
         "Qwen3 of 8 layers and 256 channels with 2 inserted Gated DeltaNet layers, hard eviction, one thread, float32, "

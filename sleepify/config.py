@@ -84,7 +84,8 @@ class SleepConfig(Settings, PreTrainedConfig):
         eviction: "hard" drops all keys and values at the end of a window, "sliding" keeps the latest L-1.
         loop_range: layers [start, stop) of the base that are looped; None for all (Jet-Nemotron: the middle half).
         fast_weights: the layers to insert, a `FastWeightConfig` or its dict; None for the base's default.
-        checkpoint: recompute activations in the backward pass, per "window" or per "loop", or "none".
+        checkpoint: recompute activations in the backward pass, per "window" or per "loop", or "none"; "selective" is
+            per loop, but keeps what projections and attention give and recomputes the rest.
         backprop_loops: gradient through the last k passes of a sleep only; None for all.
         backprop_windows: gradient through the last k sleeps of a row only; None for all.
         offload: with ``checkpoint="window"``, keep the memory at window boundaries on the CPU until the backward pass.

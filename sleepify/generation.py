@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin, StoppingCriteriaList
+from transformers import GenerationMixin, MaxLengthCriteria, StoppingCriteriaList
 
 from sleepify.cache import SleepCache
 from sleepify.packing import Marks
@@ -49,8 +49,10 @@ class Ended(StoppingCriteriaList):
         return met
 
     def going_on(self) -> Tensor | None:
-        """Mask [B, 1] of the rows that read another token; None if there is but one row, which then goes on."""
-        return None if self.rows is None or len(self.rows) == 1 else ~self.rows[:, None]
+        """Mask [B, 1] of the rows that read another token; None if all do, and that is known without looking."""
+        # A limit of tokens ends all rows at once.
+        together = self.rows is None or len(self.rows) == 1 or all(isinstance(each, MaxLengthCriteria) for each in self)
+        return None if together or self.rows is None else ~self.rows[:, None]
 
 
 def left_padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,8 @@ class Asked:
         targets: [M], labels of the tokens that follow; -100 where there is none.
         count: what to divide a summed loss by.
         scores: logits [M, V] if they were made in any case.
-        whole: whether the head is to be called as often whatever the batch, once for all places.
+        whole: whether the head is to be called as often whatever the batch: once for all places, or ``n_pieces`` times.
+        n_pieces: how often then, for cross entropy; at least one for every `PIECE` places.
     """
 
     blocks: Any
@@ -43,6 +44,7 @@ class Asked:
     count: int | Tensor
     scores: Tensor | None
     whole: bool
+    n_pieces: int = 1
 
 
 Objective = Callable[[Asked], Tensor]
@@ -50,7 +52,8 @@ Objective = Callable[[Asked], Tensor]
 
 def cross_entropy(asked: Asked) -> Tensor:
     """The loss of a language model: what a call's labels cost on average."""
-    total = summed_cross_entropy(asked.blocks.logits, asked.hidden, asked.targets, asked.scores, asked.whole)
+    n_pieces = asked.n_pieces if asked.whole else n_pieces_of(asked.hidden.shape[0])
+    total = summed_cross_entropy(asked.blocks.logits, asked.hidden, asked.targets, asked.scores, n_pieces)
     return total / (asked.count.to(total.device) if isinstance(asked.count, Tensor) else asked.count)
 
 
@@ -71,20 +74,29 @@ def check_count(num_items: int | Tensor | None) -> None:
         raise ValueError(f"expected num_items_in_batch above 0, got {num_items}: a batch without labels has no loss")
 
 
+def n_pieces_of(n_places: int) -> int:
+    """How many pieces the logits of so many places are made in."""
+    return max(1, -(-n_places // PIECE))
+
+
 def summed_cross_entropy(
-    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, scores: Tensor | None, whole: bool
+    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, scores: Tensor | None, n_pieces: int
 ) -> Tensor:
     """Summed cross entropy, in float32 at least, over the places that have a target.
 
-    Logits of a few hundred places are as large as all the rest of a step, so they are made and dropped piece by piece.
+    Logits of a few hundred places are as large as all the rest of a step, so they are made and dropped piece by piece:
+    in so many pieces, the last of which may be empty, so that the head is called as often on every rank.
     """
     if scores is not None:
         return _cross_entropy(scores, targets)
-    if hidden.shape[0] > PIECE and not whole:
-        pieces = zip(hidden.split(PIECE), targets.split(PIECE), strict=True)
-        losses = [recompute(summed_cross_entropy, head, *piece, None, True, use_reentrant=False) for piece in pieces]
-        return torch.stack(losses).sum()
-    return _cross_entropy(head(hidden), targets)
+    if n_pieces == 1:
+        return _cross_entropy(head(hidden), targets)
+    size = max(PIECE, -(-hidden.shape[0] // n_pieces))
+    losses = []
+    for begin in range(0, n_pieces * size, size):
+        piece = (hidden[begin : begin + size], targets[begin : begin + size])
+        losses.append(recompute(summed_cross_entropy, head, *piece, None, 1, use_reentrant=False))
+    return torch.stack(losses).sum()
 
 
 def _cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:

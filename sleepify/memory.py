@@ -99,7 +99,7 @@ class Memory:
             return self
         lengths = tuple(self.kv_lengths[row] for row in rows)
         columns = max(lengths, default=0)
-        index = _Index(rows)
+        index = _Index(torch.tensor(rows))
 
         def pick(tensor: Tensor) -> Tensor:
             return tensor.index_select(0, index.on(tensor.device))
@@ -111,7 +111,7 @@ class Memory:
         """This memory with ``other`` (one row per entry of ``rows``) in the place of these rows."""
         if _is_all(rows, self.batch_size):
             return other
-        index = _Index(rows)
+        index = _Index(torch.tensor(rows))
         lengths = list(self.kv_lengths)
         for row, length in zip(rows, other.kv_lengths, strict=True):
             lengths[row] = length
@@ -174,11 +174,13 @@ class Memory:
         total = tuple(before + new for before, new in zip(self.kv_lengths, lengths, strict=True))
         columns = self.room or max(total, default=0)
         if not self.kv or all(length == width for length in lengths):
-            kv = {i: (_last(k, columns), _last(v, columns)) for i, (k, v) in self.kv.items()}
+            kv = self.kv
+            if columns != have:
+                kv = {i: (_last(k, columns), _last(v, columns)) for i, (k, v) in kv.items()}
         else:
             # Close the gap between a row's new entries and the right edge; what rolls in on the left is never read.
             shift = torch.tensor([width - length for length in lengths])
-            source = (torch.arange(have - columns, have)[None, :] - shift[:, None]).clamp_(min=0)
+            source = _Index((torch.arange(have - columns, have)[None, :] - shift[:, None]).clamp_(min=0))
             kv = {i: (_gather(k, source), _gather(v, source)) for i, (k, v) in self.kv.items()}
         return replace(self, kv=kv, kv_lengths=total)
 
@@ -196,7 +198,7 @@ class Memory:
         if not columns or not self.kv:
             return Memory(self.batch_size, self.state)
         last = torch.tensor([self.columns - have + count for have, count in zip(self.kv_lengths, counts, strict=True)])
-        source = (last[:, None] - columns + torch.arange(columns)[None, :]).clamp_(min=0)
+        source = _Index((last[:, None] - columns + torch.arange(columns)[None, :]).clamp_(min=0))
         kv = {i: (_gather(k, source), _gather(v, source)) for i, (k, v) in self.kv.items()}
         return replace(self, kv=kv, kv_lengths=counts)
 
@@ -214,21 +216,21 @@ class Memory:
 
 
 class _Index:
-    """Row numbers on the devices where they are needed, copied to each once and without waiting for it."""
+    """Whole numbers on the devices where they are needed, copied to each once and without waiting for it."""
 
-    def __init__(self, rows: Sequence[int]) -> None:
-        self.rows = torch.tensor(rows)
+    def __init__(self, numbers: Tensor) -> None:
+        self.numbers = numbers
         self.copies: dict[torch.device, Tensor] = {}
 
     def on(self, device: torch.device) -> Tensor:
         if device not in self.copies:
-            self.copies[device] = self.rows.to(device, non_blocking=True)
+            self.copies[device] = self.numbers.to(device, non_blocking=True)
         return self.copies[device]
 
 
 def index_of(rows: Sequence[int], like: Tensor) -> Tensor | slice:
     """Rows as an index; a slice, which copies nothing, where all rows of ``like`` are meant."""
-    return slice(None) if _is_all(rows, like.shape[0]) else _Index(rows).on(like.device)
+    return slice(None) if _is_all(rows, like.shape[0]) else _Index(torch.tensor(rows)).on(like.device)
 
 
 def _is_all(rows: Sequence[int], batch_size: int) -> bool:
@@ -243,7 +245,7 @@ def _last(tensor: Tensor, columns: int) -> Tensor:
     return tensor if missing == 0 else tensor.narrow(2, -missing, columns)
 
 
-def _gather(tensor: Tensor, source: Tensor) -> Tensor:
+def _gather(tensor: Tensor, source: _Index) -> Tensor:
     """Columns ``source`` [B, S'] of [B, H, S, d], row by row."""
-    index = source.to(tensor.device)[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
+    index = source.on(tensor.device)[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
     return tensor.gather(2, index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +32,7 @@ from sleepify.reading import Reading
 from sleepify.recompute import SleepRecompute
 from sleepify.rows import NO_COLUMNS, Rows
 from sleepify.schedule import schedule
-from sleepify.settings import Adaptive, Loops, Settings, with_loops
+from sleepify.settings import Adaptive, Loops, Settings, check_positive, with_loops
 from sleepify.snapshot import Snapshot
 
 _INCIDENTAL = {"dtype", "torch_dtype", "architectures", "transformers_version", "_name_or_path", "use_cache"}
@@ -208,6 +209,7 @@ class SleepForCausalLM(
         num_items_in_batch: int | Tensor | None = None,
         awake: Tensor | None = None,
         ephemeral: Tensor | None = None,
+        loss_pieces: int = 1,
         inputs_embeds: None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -242,6 +244,7 @@ class SleepForCausalLM(
             ephemeral: [B, T] bool, tokens that are read awake and never consolidated (a secret, a tool's scratch). They
                 see and are seen by what is awake until their row sleeps next; from then on the session is the one that
                 never read them. They fill no window: one that follows a full window is read before it is slept on.
+            loss_pieces: with ``awake``, how often the head is called for the loss, the same on all ranks.
             inputs_embeds, output_attentions, output_hidden_states: wrappers such as peft name them; they must be off,
                 since sleep replays ids, and hidden states of several passes have no place in one tuple.
             position_ids, cache_position, token_type_ids: must say what is so anyway. Positions that begin at 0 again,
@@ -274,7 +277,7 @@ class SleepForCausalLM(
             marks,
             ephemeral,
         )
-        loss, logits = reading.predict(num_items_in_batch)
+        loss, logits = reading.predict(num_items_in_batch, check_positive("loss_pieces", loss_pieces))
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=reading.keep())
 
     def _read(
@@ -330,14 +333,14 @@ class SleepForCausalLM(
             ephemeral=tokens.ephemeral,
         )
         # Where each pass is recomputed by itself, a cast per pass takes no more memory than one for all.
-        with cast_per_use(settings.checkpoint == "loop"):
+        with cast_per_use() if settings.checkpoint in ("loop", "selective") else nullcontext():
             session, pieces = algorithm.read(
                 blocks, session, tokens.ids, plan.rounds, settings, use_cache, self.watch, self.branch
             )
         after = None
         if use_cache:
             # What is read outside training is a constant: a session must not hold every graph since its beginning.
-            after = session if self.training else session.map(Tensor.detach)
+            after = session if self.training else session.detached()
             after = replace(after, columns=after.columns + tokens.lasting_columns())
         return Reading(blocks, pieces, plan, tokens, cache, after, self.objective, whole=awake is not None)
 

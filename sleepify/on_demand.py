@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
 from sleepify import sleep as algorithm
 from sleepify.background import doze
 from sleepify.cache import SleepCache
@@ -60,7 +58,7 @@ class SleepOnDemand:
             raise ValueError(f"expected a list of different rows from 0 to {batch - 1}, got {rows!r}")
         if not background:
             session = self._slept(blocks, session.finished(), settings, chosen)
-            past_key_values.now = session if model.training else session.map(Tensor.detach)
+            past_key_values.now = session if model.training else session.detached()
             return past_key_values
         if rows is not None or model.training or blocks.changes_modules:
             raise ValueError(
@@ -69,7 +67,7 @@ class SleepOnDemand:
                 f"rows={rows}, training={model.training}, {model.config.text_config.model_type}; leave background out"
             )
         past_key_values.now = doze(
-            session.finished(), lambda before: self._slept(blocks, before, settings, chosen).map(Tensor.detach)
+            session.finished(), lambda before: self._slept(blocks, before, settings, chosen).detached()
         )
         return past_key_values
 

@@ -8,7 +8,7 @@ here; what means nothing beyond what is known anyway is checked and let through.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -46,8 +46,7 @@ class Marks:
         rows = ((batch, width), (1, width), (width,))
         shapes = {"position_ids": rows, "seq_idx": rows, "token_type_ids": rows, "cache_position": ((width,),)}
         found = {}
-        for field in fields(self):
-            name, value = field.name, getattr(self, field.name)
+        for name, value in vars(self).items():
             if value is None or name.startswith("max_length"):
                 continue
             if not isinstance(value, Tensor):

@@ -9,13 +9,13 @@ import torch
 
 
 @contextmanager
-def cast_per_use(wanted: bool) -> Iterator[None]:
+def cast_per_use() -> Iterator[None]:
     """Let autocast cast a weight anew in every pass, so that the gradients of all passes add up in float32.
 
     By itself it keeps the cast, whose gradient is a sum in bfloat16.
     """
     before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(before and not wanted)
+    torch.set_autocast_cache_enabled(False)
     try:
         yield
     finally:

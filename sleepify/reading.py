@@ -29,7 +29,7 @@ class Reading:
         cache: the session.
         after: what becomes of it; None if none is kept.
         objective: the loss.
-        whole: whether the head is called once for all of them, and not in pieces.
+        whole: whether the head is called as often whatever the batch.
     """
 
     blocks: Host
@@ -41,11 +41,12 @@ class Reading:
     objective: Objective
     whole: bool
 
-    def predict(self, num_items: int | Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def predict(self, num_items: int | Tensor | None, n_pieces: int = 1) -> tuple[Tensor | None, Tensor | None]:
         """Loss, if there are labels, and logits [B, columns, V], if some are asked for.
 
         Args:
             num_items: what to divide the summed loss by; None for the number of labels.
+            n_pieces: in how many pieces the loss is made where all ranks must make as many.
         """
         blocks, plan, tokens, hidden = self.blocks, self.plan, self.tokens, self._hidden()
         scores = blocks.logits(hidden) if tokens.columns.size else None
@@ -54,7 +55,8 @@ class Reading:
             targets, count = tokens.targets(plan.rows, plan.columns)
             divisor = max(1, count) if num_items is None else num_items
             places = (plan.rows, plan.columns)
-            loss = self.objective(Asked(blocks, tokens, *places, hidden, targets, divisor, scores, self.whole))
+            asked = Asked(blocks, tokens, *places, hidden, targets, divisor, scores, self.whole, n_pieces)
+            loss = self.objective(asked)
         return loss, None if scores is None else tokens.spread(scores, plan.rows, plan.columns)
 
     def last_hidden_state(self) -> Tensor:

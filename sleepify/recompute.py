@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from sleepify.memory import Memory
 from sleepify.settings import Settings
@@ -15,16 +16,34 @@ from sleepify.snapshot import Window
 
 T_ = TypeVar("T_")
 _HOLDERS = (Tensor, Memory, Window)
+# What takes long for what it leaves: projections, by whatever name, and attention. Products inside the chunks of a
+# recurrence are small and leave much.
+_ATTENTION = (
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+)
+_KEPT = [
+    getattr(torch.ops.aten, name).default for name in ("mm", "addmm", *_ATTENTION) if hasattr(torch.ops.aten, name)
+]
 
 
 def recompute(settings: Settings, level: str, function: Callable[..., T_], *arguments: Any) -> T_:
-    """Call, and drop the activations to recompute them in the backward pass if that is to be done at this level."""
-    if settings.checkpoint != level or not torch.is_grad_enabled():
+    """Call, and drop the activations to recompute them in the backward pass if that is to be done at this level.
+
+    "selective" is the level "loop", but for the results of projections and attention, which are kept.
+    """
+    selective = settings.checkpoint == "selective" and level == "loop"
+    if not (selective or settings.checkpoint == level) or not torch.is_grad_enabled():
         return function(*arguments)
     # Which devices' random state is to be the same the second time, checkpoint finds out from the tensors it is shown.
     held = [[each] if isinstance(each, Tensor) else each.tensors() for each in arguments if isinstance(each, _HOLDERS)]
     shown = {tensor.device: tensor for tensors in held for tensor in tensors}
-    return checkpoint(lambda _: function(*arguments), list(shown.values()), use_reentrant=False)
+    how: dict[str, Any] = {}
+    if selective:
+        how["context_fn"] = partial(create_selective_checkpoint_contexts, _KEPT)
+    return checkpoint(lambda _: function(*arguments), list(shown.values()), use_reentrant=False, **how)
 
 
 class SleepRecompute:

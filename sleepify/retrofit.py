@@ -81,7 +81,8 @@ def sleepify(
         loop_range: layers [start, stop) of the base that are looped; None for all (Jet-Nemotron: the middle half).
         fast_weights: the layers to insert, or the name or path of saved inserted weights, which come with the settings
             that they were trained with; None for the base's default.
-        checkpoint: recompute activations in the backward pass, per "window" or per "loop", or "none".
+        checkpoint: recompute activations in the backward pass, per "window" or per "loop", or "none"; "selective" is
+            per loop, but keeps what projections and attention give and recomputes the rest.
         backprop_loops: gradient through the last k passes of a sleep only; None for all.
         backprop_windows: gradient through the last k sleeps of a row only; None for all.
         offload: with ``checkpoint="window"``, keep the memory at window boundaries on the CPU until the backward pass.

@@ -104,6 +104,9 @@ class Rows:
         _check_range("input_ids", ids, vocabulary)
         if labels is not None:
             _check_range("labels", labels, vocabulary, but=IGNORE)
+        if not given and width == 1 and (keep is None or (type(keep) is int and keep in (0, 1))):
+            # A token of every row, as in decoding.
+            return cls(ids, [1] * batch, batch, 1, None, np.zeros(1, dtype=np.int64), None, None, None, False)
         here = _fetch(given)
         is_float = mask is not None and mask.is_floating_point()
         real, lengths, right_padded = _real(here.get("mask"), batch, width, past, is_float)
@@ -257,6 +260,9 @@ def _whole(value: Any, name: str, like: Tensor | None = None) -> Tensor:
 def _check_range(name: str, values: Tensor, vocabulary: int, but: int | None = None) -> None:
     """Only where looking costs nothing; elsewhere the lookup itself fails."""
     if values.device.type != "cpu":
+        return
+    least, most = values.aminmax()
+    if int(least) >= 0 and int(most) < vocabulary:
         return
     wrong = (values < 0) | (values >= vocabulary)
     if but is not None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 
@@ -172,9 +173,7 @@ def schedule(
     fits = all(0 < length <= window_size - have for have, length in zip(open_lengths, lengths, strict=True))
     if wanted is None and ephemeral is None and fits and len(set(lengths)) == 1:
         # A token of every row, or a prompt within the window: nobody sleeps, all are read together.
-        rows, whole = tuple(range(batch)), tuple(lengths)
-        every = np.repeat(np.arange(batch), lengths[0]), np.tile(np.arange(lengths[0]), batch)
-        return Schedule((Round((), rows, (0,) * batch, whole, (Wake(rows, whole),)),), *every)
+        return _together(batch, lengths[0])
     windows = _windows(open_lengths, max(lengths, default=0), window_size, ephemeral)
     asked = _Asked.of(lengths, wanted, windows)
     ends = list(lengths) if keep else asked.ends
@@ -245,6 +244,14 @@ def _stops(windows: np.ndarray) -> list[list[int]]:
     step = np.arange(batch)[:, None] * n_windows
     ends = (windows + step).reshape(-1).searchsorted((np.arange(n_windows) + step).reshape(-1), side="right")
     return (ends.reshape(batch, n_windows) - np.arange(batch)[:, None] * width).tolist()
+
+
+@lru_cache(maxsize=4)
+def _together(batch: int, length: int) -> Schedule:
+    """All rows read so many tokens awake, all of which are wanted: the same for every token of a text."""
+    rows = tuple(range(batch))
+    every = np.repeat(np.arange(batch), length), np.tile(np.arange(length), batch)
+    return Schedule((Round((), rows, (0,) * batch, (length,) * batch, (Wake(rows, (length,) * batch),)),), *every)
 
 
 def _groups(rows: Iterable[int], keys: dict[int, int], together: bool) -> list[tuple[int, ...]]:

@@ -10,7 +10,7 @@ AUTO: Literal["auto"] = "auto"
 # N of one call: so many passes, or as many as the state needs.
 Loops = int | Literal["auto"]
 EVICTIONS = ("hard", "sliding")
-CHECKPOINTS = ("none", "window", "loop")
+CHECKPOINTS = ("none", "window", "loop", "selective")
 
 
 @dataclass(kw_only=True)
@@ -91,7 +91,8 @@ def with_loops(settings: Settings, n_loops: Loops | None) -> Settings:
     if n_loops is None:
         return settings
     if not isinstance(n_loops, str):
-        return replace(settings, n_loops=check_positive("n_loops", n_loops))
+        own = check_positive("n_loops", n_loops)
+        return settings if own == settings.n_loops else replace(settings, n_loops=own)
     if n_loops != AUTO:
         raise ValueError(f'expected n_loops to be a whole number of at least 1, or "auto", got {n_loops!r}')
     if settings.auto_threshold is None:

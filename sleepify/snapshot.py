@@ -125,9 +125,10 @@ class Snapshot:
     # --- text ------------------------------------------------------------------------------------------------------
 
     def first(self) -> tuple[list[Tensor], list[list[int]]]:
-        """What each row must read before anything new, its open window if that is stale and what is pending; and which
-        of it is ephemeral.
-        """
+        """What each row must read before anything new, its open window if that is stale and what is pending, and which
+        of it is ephemeral; of no row where none must."""
+        if not self.pending and not any(self.stale):
+            return [], []
         nothing = self.open_ids[0, :0] if self.batch_size else self.open_ids.new_zeros(0)
         pending = self.pending or (nothing,) * self.batch_size
         reread = [
@@ -218,7 +219,7 @@ class Snapshot:
         starts, width = [start[row] for row in group.rows], max(group.counts)
         ids = input_ids[index_of(group.rows, input_ids)]
         if len(set(starts)) == 1:
-            ids = ids[:, starts[0] : starts[0] + width]
+            ids = ids.narrow(1, starts[0], width)
         else:
             columns = torch.tensor(starts)[:, None] + torch.arange(width)[None, :]
             ids = ids.gather(1, columns.clamp_(max=input_ids.shape[1] - 1).to(ids.device, non_blocking=True))
@@ -244,8 +245,8 @@ class Snapshot:
         together = len(each.rows) == self.batch_size and not any(each.ephemeral)
         if together and all(len(set(values)) == 1 for values in (each.starts, each.counts, open_lengths)):
             have, start, count = open_lengths[0], each.starts[0], each.counts[0]
-            open_ids = self.open_ids.clone()
-            open_ids[:, have : have + count] = input_ids[:, start : start + count]
+            new = input_ids[:, start : start + count]
+            open_ids = self.open_ids.slice_scatter(new, 1, have, have + count)
         else:
             taken = each.ordinary()
             index = [(np.full(len(c), row), c, open_lengths[row] + np.arange(len(c))) for row, c in taken.items()]
@@ -347,6 +348,11 @@ class Snapshot:
         parts = [part, self.select(others)] if others else [part]
         places = [*rows, *others]
         return Snapshot.join(parts).select([places.index(row) for row in range(self.batch_size)])
+
+    def detached(self) -> Snapshot:
+        """As a constant; itself, if it is one."""
+        held = self.memory.tensors() + Memory(self.batch_size, self.at_start).tensors()
+        return self.map(Tensor.detach) if any(tensor.requires_grad for tensor in held) else self
 
     def map(self, function: Callable[[Tensor], Tensor], ids: bool = False) -> Snapshot:
         """With ``function`` applied to every tensor of the memory, and to the ids if it is to be."""

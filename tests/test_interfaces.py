@@ -389,7 +389,9 @@ def test_ranks_that_want_logits_call_the_same_layers(monkeypatch):
     n_rounds = max(len(one.awake) for one in calls)
     together = torch.stack([torch.from_numpy(one.signature(n_rounds)).to(torch.int32) for one in calls]).amax(0)
     monkeypatch.setattr(
-        rounds.dist, "all_reduce", lambda t, op: t.copy_(torch.tensor(n_rounds) if t.dim() == 0 else together)
+        rounds.dist,
+        "all_reduce",
+        lambda t, op: t.copy_(torch.tensor([n_rounds, 0]) if t.dtype == torch.long else together),
     )
     model, orders = trainable(dtype=torch.float64), set()
     for batch in batches:

@@ -25,8 +25,8 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def _scaled(self, x: Tensor) -> Tensor:
-        x = x.to(accumulation_dtype(x))
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+        dtype = accumulation_dtype(x)
+        return F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._scaled(x).to(x.dtype)

@@ -169,17 +169,17 @@ class Host:
             position_ids = torch.arange(first, first + width, device=device)[None, :]
         else:
             steps = torch.arange(width, device=device)[None, :]
-            position_ids = steps + torch.tensor(positions, device=device)[:, None]
+            position_ids = steps + _sent(positions, device)[:, None]
 
         ragged = any(length != width for length in lengths)
-        real = torch.tensor(lengths, device=device) if ragged else None
+        real = _sent(lengths, device) if ragged else None
         valid = None
         columns = memory.columns
         if ragged or any(length != columns for length in memory.kv_lengths):
-            remembered = torch.tensor(memory.kv_lengths, device=device)[:, None]
-            old = torch.arange(columns, device=device)[None, :] >= columns - remembered
-            new = torch.arange(width, device=device)[None, :] < torch.tensor(lengths, device=device)[:, None]
-            valid = torch.cat([old, new], 1)
+            first_real = _sent([columns - have for have in memory.kv_lengths], device)[:, None]
+            end = _sent([columns + length for length in lengths], device)[:, None]
+            column = torch.arange(columns + width, device=device)[None, :]
+            valid = (column >= first_real) & (column < end)
         masks = self._masks(hidden, valid, columns, memory.room > 0, position_ids)
         return hidden, Frame(position_ids, masks, self.rotary(hidden, position_ids), real, hidden, keep_keys)
 
@@ -322,6 +322,8 @@ class Host:
             "attention_mask": valid,
             "past_key_values": past,
             "position_ids": position_ids,
+            # Where padding is known to be, there is no need to look for it, which would wait for the device.
+            "allow_is_causal_skip": valid is None,
         }
         config, create = self.config, create_causal_mask
         if reach is not None:
@@ -333,6 +335,11 @@ class Host:
             # padding token that sees nothing but padding would be NaN.
             mask = mask.clamp(min=torch.finfo(torch.float32).min)
         return mask
+
+
+def _sent(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """On the device, without waiting for it."""
+    return torch.tensor(numbers).to(device, non_blocking=True)
 
 
 def _parameters(module: nn.Module) -> frozenset[str]:

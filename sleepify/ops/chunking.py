@@ -20,7 +20,7 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """A context without autocast: it would round the state to half precision at every product."""
-    if torch.amp.autocast_mode.is_autocast_available(device.type):
+    if torch.amp.autocast_mode.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
@@ -49,11 +49,6 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state
 def zero_state(q: Tensor, v: Tensor) -> Tensor:
     """The empty state [B,H,K,V] in accumulation dtype for q [B,T,H,K] and v [B,T,H,V]."""
     return v.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=accumulation_dtype(v))
-
-
-def read(key: Tensor, state: Tensor) -> Tensor:
-    """key^T S: [B,H,K] and [B,H,K,V] -> [B,H,V]."""
-    return (key.unsqueeze(-2) @ state).squeeze(-2)
 
 
 def default_size(device: torch.device) -> int:

@@ -23,25 +23,31 @@ def token_by_token(
     write: Write, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None,
     scale: float, qk_l2norm: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The slow form.
+    """The slow form for many tokens, and for a single one the only one: there every call counts, however little it
+    computes.
 
     Args:
-        write: of the decayed state [B,H,K,V], a token's key [B,H,K] and value [B,H,V], what is written there: [B,H,V].
+        write: of the decayed state [B*H,K,V], a token's key [B*H,1,K] and value [B*H,1,V], what is written there, like
+            the value.
     """
     chunking.check_inputs(q, k, v, g, beta, state)
-    dtype, out_dtype = chunking.accumulation_dtype(v), v.dtype
+    batch, n_tokens, heads, key_dim = q.shape
+    dtype, out_dtype, value_dim = chunking.accumulation_dtype(v), v.dtype, v.shape[3]
     with chunking.full_precision(v.device):
         q, k, v, g, beta = (x.to(dtype) for x in (q, k, v, g, beta))
-        s = chunking.zero_state(q, v) if state is None else state.to(dtype)
+        s = (chunking.zero_state(q, v) if state is None else state.to(dtype)).reshape(-1, key_dim, value_dim)
         if qk_l2norm:
-            q, k = chunking.l2norm(q), chunking.l2norm(k)
+            q, k = chunking.l2norm(torch.stack((q, k)))
+        # Of every token, all rows' heads one after the other: [B*H,1,...].
+        tokens = ([x_t.reshape(batch * heads, 1, -1) for x_t in x.unbind(1)] for x in (q, k, v, g.exp(), beta))
         outputs = []
-        for t in range(q.shape[1]):
-            s = s * g[:, t, :, None, None].exp()
-            written = beta[:, t].unsqueeze(-1) * write(s, k[:, t], v[:, t])
-            s = s + k[:, t].unsqueeze(-1) * written.unsqueeze(-2)
-            outputs.append(scale * chunking.read(q[:, t], s))
-        return torch.stack(outputs, dim=1).to(out_dtype), s
+        for q_t, k_t, v_t, decay_t, beta_t in zip(*tokens, strict=True):
+            s = s * decay_t
+            s = s + k_t.mT * (beta_t * write(s, k_t, v_t))
+            outputs.append(torch.bmm(q_t, s) * scale)
+        o = outputs[0] if n_tokens == 1 else torch.cat(outputs, 1)
+        o = o.view(batch, heads, n_tokens, value_dim).transpose(1, 2)
+        return o.to(out_dtype), s.view(batch, heads, key_dim, value_dim)
 
 
 def chunk_by_chunk(

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from sleepify.training.objective_arguments import ObjectiveArguments
 
 OPTIMIZERS = ("muon", "adamw")
+ADJUSTMENTS = ("original", "match_rms_adamw")
 TRAINED = ("all", "fast_weights")
 ADAMW_LEARNING_RATE = 5e-5
 
@@ -45,6 +46,13 @@ class SleepTrainingArguments(ObjectiveArguments, TrainingArguments):
         metadata={"help": "AdamW's: of embeddings, head, norms, biases and gates; of all with optimizer=adamw."},
     )
     muon_momentum: float = field(default=0.95, metadata={"help": "Momentum of Muon (Nesterov)."})
+    muon_adjust_lr: str = field(
+        default="original",
+        metadata={
+            "help": "What Muon's rate is multiplied by for a matrix [A, B]: 'original', sqrt(max(1, A/B)); "
+            "'match_rms_adamw', 0.2 sqrt(max(A, B)), so that rates of AdamW serve."
+        },
+    )
     loops_schedule: list[int] | None = field(
         default=None,
         metadata={
@@ -91,6 +99,10 @@ class SleepTrainingArguments(ObjectiveArguments, TrainingArguments):
                 raise ValueError(f"expected {name} to be 0 or more, got {getattr(self, name)!r}")
         if not 0 <= self.muon_momentum < 1:
             raise ValueError(f"expected muon_momentum from 0 to below 1, got {self.muon_momentum!r}")
+        if self.muon_adjust_lr not in ADJUSTMENTS:
+            raise ValueError(
+                f"expected muon_adjust_lr to be one of {', '.join(ADJUSTMENTS)}, got {self.muon_adjust_lr!r}"
+            )
         if self.loops_schedule is not None:
             loops = self.loops_schedule
             if not loops or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in loops):

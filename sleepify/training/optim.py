@@ -134,6 +134,7 @@ def build_optimizer(model: nn.Module, args: SleepTrainingArguments) -> MuonAdamW
     return MuonAdamW(
         parameter_groups(model, args),
         momentum=args.muon_momentum,
+        adjust_lr=args.muon_adjust_lr,
         betas=(args.adam_beta1, args.adam_beta2),
         eps=args.adam_epsilon,
     )
@@ -146,7 +147,8 @@ def build_deepspeed_optimizer(model: nn.Module, args: SleepTrainingArguments) ->
     here the split is `split_parameters`'.
 
     Raises:
-        ValueError: as `build_optimizer`, and for gradient clipping: DeepSpeed clips Muon's orthogonalised updates.
+        ValueError: as `build_optimizer`, for gradient clipping (DeepSpeed clips Muon's orthogonalised updates), and for
+            another ``muon_adjust_lr`` than DeepSpeed's.
     """
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
@@ -154,6 +156,11 @@ def build_deepspeed_optimizer(model: nn.Module, args: SleepTrainingArguments) ->
         raise ValueError(
             f"expected max_grad_norm=0 with Muon under DeepSpeed, got {args.max_grad_norm}: it takes the norm over "
             "Muon's updates instead of the gradients, and would shrink every one of them; or use optimizer='adamw'"
+        )
+    if args.muon_adjust_lr != "original":
+        raise ValueError(
+            "expected muon_adjust_lr='original' under DeepSpeed, whose Muon knows no other, "
+            f"got {args.muon_adjust_lr!r}"
         )
     adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     groups = []
@@ -177,14 +184,22 @@ class MuonAdamW(torch.optim.Optimizer):
     Args:
         groups: parameter groups, each with ``algorithm`` "muon" or "adamw", ``lr`` and ``weight_decay``.
         momentum: of Muon (Nesterov).
+        adjust_lr: what Muon makes of its rate for a matrix of this shape, ``adjust_lr_fn`` of `torch.optim.Muon`.
         betas, eps: of AdamW.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], momentum: float, betas: tuple[float, float], eps: float) -> None:
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        momentum: float,
+        betas: tuple[float, float],
+        eps: float,
+        adjust_lr: str = "original",
+    ) -> None:
         # Each algorithm completes its own groups with its own defaults; here the same dicts are put side by side.
         self._parts: dict[str, torch.optim.Optimizer] = {}
         if muon := [group for group in groups if group["algorithm"] == "muon"]:
-            self._parts["muon"] = torch.optim.Muon(muon, momentum=momentum)
+            self._parts["muon"] = torch.optim.Muon(muon, momentum=momentum, adjust_lr_fn=adjust_lr)
         if adamw := [group for group in groups if group["algorithm"] == "adamw"]:
             self._parts["adamw"] = torch.optim.AdamW(adamw, betas=betas, eps=eps)
         super().__init__([group for part in self._parts.values() for group in part.param_groups], {})

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sleepify.loss import n_pieces_of
 from sleepify.packing import Marks
 from sleepify.schedule import schedule
 from sleepify.tasks.base import IGNORE
@@ -71,7 +72,8 @@ def equalise(batch: dict[str, Any], window_size: int, truncated: bool, every: bo
         every: whether logits are asked of all tokens, and not only the loss.
 
     Returns:
-        The batch right-padded, with ``awake``, and with more rows where something was missing.
+        The batch right-padded, with ``awake``, in how many pieces the loss is made, and with more rows where something
+        was missing.
 
     Raises:
         ValueError: for packed rows.
@@ -90,9 +92,11 @@ def equalise(batch: dict[str, Any], window_size: int, truncated: bool, every: bo
     labelled, real = torch.stack([rows["labels"] != IGNORE, rows["attention_mask"].bool()]).cpu().numpy()
     mine = Calls.of(labelled, real, window_size, every)
 
-    most = torch.tensor(len(mine.awake), device=ids.device)
+    most = torch.tensor([len(mine.awake), int(labelled.sum())], device=ids.device)
     dist.all_reduce(most, dist.ReduceOp.MAX)
-    n_rounds = int(most)
+    n_rounds, n_labels = most.tolist()
+    # Whatever is added below is at most a place per round and a place per row, of which there is one per round.
+    n_pieces = n_pieces_of(n_labels + 2 * n_rounds)
     union = torch.from_numpy(mine.signature(n_rounds)).to(ids.device, torch.int32)
     dist.all_reduce(union, dist.ReduceOp.MAX)
     awake_anywhere, ends_anywhere = union.bool().cpu().numpy().reshape(2, n_rounds)
@@ -114,7 +118,7 @@ def equalise(batch: dict[str, Any], window_size: int, truncated: bool, every: bo
     if n_rounds:
         woken = (awake_anywhere & ~awake_here).nonzero()[0]
         awake[int(np.argmax(ends)), woken * window_size] = True
-    return batch | padded | {"awake": torch.from_numpy(awake).to(ids.device)}
+    return batch | padded | {"awake": torch.from_numpy(awake).to(ids.device), "loss_pieces": n_pieces}
 
 
 def restore(values: Tensor, mask: Tensor | None, shape: torch.Size) -> Tensor:

@@ -36,6 +36,8 @@ def describe_run(model: nn.Module, args: SleepTrainingArguments, dataset: Any) -
     if args.loops_schedule is not None:
         run["n_loops"] = args.loops_schedule
     run |= {name: getattr(args, name) for name in _SETTINGS}
+    # Absent from checkpoints of before there was a choice.
+    run["muon_adjust_lr"] = None if args.muon_adjust_lr == "original" else args.muon_adjust_lr
     run["objectives"] = args.objectives() or None
     run["rows_per_step"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     run["task"] = repr(dataset.task) if hasattr(dataset, "task") else None

@@ -2,9 +2,9 @@
 
     python -m benchmarks.pauses [--repeats 7] [--output docs/results/pauses.md]
 
-A window is read, a sleep is asked for, and single tokens follow as fast as they are read. The longest gap between two of
-them is what a user sees. Seconds of the clock, because two threads work in the background: unlike on the other pages,
-whatever else the machine does is in them.
+A window is read, a sleep is asked for, and single tokens follow as fast as they are read. The longest gap between two
+of them is what a user sees. Seconds of the clock, because two threads work: unlike on the other pages, whatever else
+the machine does is in them.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def measure(model: SleepForCausalLM, n_tokens: int, repeats: int) -> Part:
     return Part(
         "Between two tokens",
         f"A sleep on {model.config.window_size} tokens, N = {model.config.n_loops}, then {n_tokens} tokens one by one. "
-        "Milliseconds of the clock. In the background the longest gap is that of the token that finds the sleep done and "
-        "reads again, in one pass, what came meanwhile.",
+        "Milliseconds of the clock. In the background the longest gap is that of the token that finds the sleep done "
+        "and reads again, in one pass, what came meanwhile.",
         ["", "longest gap", "middle gap", f"all {n_tokens} tokens"],
         [[way, *(spread.text(1e3, 1) for spread in spreads[way])] for way in WAYS],
         [Claim("longest gap, in the background / waited for", ratio(longest, WAYS[1], WAYS[0]).median, at_most=0.5)],

@@ -48,6 +48,7 @@ class Bench:
         window = 16 if tiny else WINDOW
         model = build(name, "meta", torch.bfloat16, tiny, window_size=window, n_loops=LOOPS[name])
         model = model.to_empty(device="cuda")
+        model.language_model.tie_weights()
         model.generation_config.eos_token_id = None
         return cls(paper, model, window)
 
@@ -78,9 +79,7 @@ class Bench:
         ids = self.ids(self.window // 2)
         mask = torch.ones(ids.shape, dtype=torch.long)
         arguments = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
-        return self.counted(
-            lambda: self.model.eval().generate(ids, attention_mask=self.paper.give(mask), **arguments)
-        )
+        return self.counted(lambda: self.model.eval().generate(ids, attention_mask=self.paper.give(mask), **arguments))
 
     def train(self, windows: int, n_loops: int, checkpoint: str) -> Count:
         """Forward and backward of windows that are slept on and a rest with labels."""
@@ -131,10 +130,17 @@ def tabulate(name: str, counts: dict[str, Count]) -> Part:
     places: dict[str, None] = {}
     for what, count in counts.items():
         peak = f"{count.peak / 2**30:.1f}" if count.peak else ""
-        cells = [f"{count.operations:,}", f"{count.launches:,}", f"{count.moved / 1e9:,.1f}", f"{count.flops / 1e12:,.2f}"]
+        cells = [
+            f"{count.operations:,}",
+            f"{count.launches:,}",
+            f"{count.moved / 1e9:,.1f}",
+            f"{count.flops / 1e12:,.2f}",
+        ]
         part.rows.append([what, *cells, f"{count.n_syncs:g}", peak])
         part.figures[what] = {"operations": count.operations, "launches": count.launches, "moved": count.moved} | {
-            "flops": count.flops, "syncs": dict(count.syncs), "peak": count.peak
+            "flops": count.flops,
+            "syncs": dict(count.syncs),
+            "peak": count.peak,
         }
         places |= dict.fromkeys(count.syncs)
     where = ", ".join(f"`{place}`" for place in places)
@@ -166,7 +172,13 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.json:
         print(json.dumps({part.title: part.figures for part in parts}))
         return 0
-    write_page(arguments.output, title="Counted", command="python -m benchmarks.counts", intro=" ".join(INTRO.split()), parts=parts)
+    write_page(
+        arguments.output,
+        title="Counted",
+        command="python -m benchmarks.counts",
+        intro=" ".join(INTRO.split()),
+        parts=parts,
+    )
     print(arguments.output.read_text(encoding="utf-8"))
     return 0
 

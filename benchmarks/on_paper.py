@@ -289,7 +289,7 @@ def _never(*_: Any) -> Any:
 
 
 def environment(directory: Path) -> dict[str, str]:
-    """Variables for a process in which fake CUDA tensors can be made; what that needs is compiled into ``directory``."""
+    """Variables of a process that can make fake CUDA tensors; what that needs is compiled into ``directory``."""
     variables = dict(os.environ) | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     library, home = directory / "fake_cuda.so", Path(torch.__file__).parent
     command = ["g++", "-O0", "-fPIC", "-shared", "-std=c++20", f"-I{home}/include", f"-Wl,-rpath,{home}/lib"]

@@ -39,9 +39,9 @@ DECAYED32 = 3e-6
 # for its own ways of summing in other versions).
 FLA32 = 1e-5
 # float32 on whatever device against float64, or in another order, through four layers, three passes and three sleeps of
-# random weights, each of which enlarges what the ones before it left (measured on a CPU: 4e-6); and of one operation's
-# gradients as a relative error in norm. TF32 is off by 1e-3.
-DEVICE32 = Tolerance(1e-4, 1e-4)
+# random weights, each of which enlarges what the ones before it left (measured on a CPU: 2e-4; a wrong value is off by
+# 1e-1); and gradients as a relative error in norm (TF32 is off by 1e-3).
+DEVICE32 = Tolerance(1e-3, 1e-3)
 SINGLE_IN_NORM = 1e-4
 # The same model in bfloat16 under two attention kernels, each of which rounds its probabilities to 8 bits: through four
 # layers and three passes. Another mask changes logits of size 1 by all of it.

@@ -14,6 +14,7 @@ import gc
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from sleepify.training.optim import build_optimizer
 
 LOOPS = {"ouro_1.4b": 4, "jet_nemotron_2b": 6}
 """N, as in the recipes of these models."""
+PARTS = ("read", "sleep", "decode", "step", "train", "optimise")
 WINDOW = 2000
 REST = 100
 """Tokens after the last full window of a training step; the last 8 have labels."""
@@ -103,23 +105,27 @@ class Bench:
         return self.counted(optimizer.step)
 
 
-def measure(paper: Paper, name: str, tiny: bool, quick: bool) -> dict[str, Count]:
+def measure(paper: Paper, name: str, tiny: bool, parts: Sequence[str]) -> dict[str, Count]:
     """By what is done; of tokens and windows what each further one adds."""
-    bench, n_loops = Bench.open(paper, name, tiny), 2 if quick else LOOPS[name]
-    counts = {
-        "window of a prompt, N = 1": bench.read(2, 1) - bench.read(1, 1),
-        f"sleep, N = {n_loops}": bench.sleep(n_loops),
-    }
-    few, many = (bench.decode(n) for n in (3, 7))
-    counts["decoded token"] = (many - few).over(4)
-    for checkpoint in ("none",) if quick else ("none", "loop", "window"):
-        one = bench.train(1, n_loops, checkpoint)
-        if not quick:
-            further = bench.train(2, n_loops, checkpoint)
-            counts[f'window of a training step, N = {n_loops}, "{checkpoint}"'] = further - one
-        counts[f'training step of a window and a rest, N = {n_loops}, "{checkpoint}"'] = one
-    with tempfile.TemporaryDirectory() as directory:
-        counts["optimiser's step, Muon"] = bench.optimise(Path(directory))
+    bench, most = Bench.open(paper, name, tiny), LOOPS[name]
+    counts: dict[str, Count] = {}
+    if "read" in parts:
+        counts["window of a prompt, N = 1"] = bench.read(2, 1) - bench.read(1, 1)
+    if "sleep" in parts:
+        counts[f"sleep, N = {most}"] = bench.sleep(most)
+    if "decode" in parts:
+        few, many = (bench.decode(n) for n in (3, 7))
+        counts["decoded token"] = (many - few).over(4)
+    if "step" in parts:
+        counts['training step, one window and a rest, N = 1, "none"'] = bench.train(1, 1, "none")
+    for checkpoint in ("none", "loop", "window") if "train" in parts else ():
+        one, two = (bench.train(windows, most, checkpoint) for windows in (1, 2))
+        counts[f'training step, one window and a rest, N = {most}, "{checkpoint}"'] = one
+        counts[f'further window of it, N = {most}, "{checkpoint}"'] = two - one
+    if "optimise" in parts:
+        bench.train(1, 1, "none")
+        with tempfile.TemporaryDirectory() as directory:
+            counts["optimiser's step, Muon"] = bench.optimise(Path(directory))
     return counts
 
 
@@ -161,14 +167,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", choices=sorted(PUBLISHED), default=sorted(PUBLISHED))
     parser.add_argument("--output", type=Path, default=RESULTS / "counts.md", help="where the page goes")
     parser.add_argument("--json", action="store_true", help="print the figures and write no page")
-    parser.add_argument("--quick", action="store_true", help="N = 2 and nothing recomputed")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--tiny", action="store_true", help="narrow models")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     parts = []
     for name in arguments.models:
         with card() as paper:
-            parts.append(tabulate(name, measure(paper, name, arguments.tiny, arguments.quick)))
+            parts.append(tabulate(name, measure(paper, name, arguments.tiny, arguments.parts)))
     if arguments.json:
         print(json.dumps({part.title: part.figures for part in parts}))
         return 0

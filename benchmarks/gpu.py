@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -78,7 +79,7 @@ def tuned(plan: Plan, step: Callable[[Setting], Callable[[], None]]) -> Measured
 
 def training_order(windows: Sequence[int], loops: Sequence[int]) -> list[train.Key]:
     """The cells of figure 6, the most telling first: 2K at N = 1 and 4, beside the parallel hybrid, and so on."""
-    by_value = sorted(windows, key=lambda window: (abs(window - 2048), -window))
+    by_value = sorted(windows, key=lambda window: (abs(math.log2(window / 2048)), -window))
     keys = [("hard", by_value[0], n) for n in loops if n in (1, 4)]
     keys += [("parallel", window, 1) for window in by_value[:2]] + [("hard", by_value[1], 1)]
     every = [("hard", window, n) for n in loops for window in by_value]

@@ -202,17 +202,19 @@ def test_dropout_is_the_same_whatever_is_recomputed(device: str) -> None:
     base = tiny_base("qwen3", torch.float32, attention_dropout=0.4)
     model = sleeping(base).to(device).train()
     ids = tokens(2, 17).to(device)
+    # Only the last window is read awake: where a wake pass is shared with a sleep, fewer numbers are drawn.
+    labels = torch.where(torch.arange(17, device=device) >= 16, ids, -100)
     results = {}
     for level in ("none", "loop", "window"):
         model.config.checkpoint = level
         (model.gradient_checkpointing_disable if level == "none" else model.gradient_checkpointing_enable)()
         model.zero_grad()
         torch.manual_seed(0)
-        loss = model(ids, labels=ids).loss
+        loss = model(ids, labels=labels).loss
         loss.backward()
         results[level] = [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
     torch.manual_seed(1)
-    assert abs(model(ids, labels=ids).loss - results["none"][0]) > 1e-4  # there is dropout
+    assert abs(model(ids, labels=labels).loss - results["none"][0]) > 1e-4  # there is dropout
     for level in ("loop", "window"):
         for mine, theirs in zip(results[level], results["none"], strict=True):
             assert_close(mine, theirs, DEVICE32, level)
@@ -224,7 +226,7 @@ GRAPHS.append(("cuda", {"mode": "reduce-overhead"}, "static"))
 
 @pytest.mark.parametrize(
     "device, compiling, cache",
-    [pytest.param(*case, marks=[pytest.mark.gpu] if case[0] == "cuda" else []) for case in GRAPHS],
+    [pytest.param(*case, marks=pytest.mark.gpu if case[0] == "cuda" else pytest.mark.slow) for case in GRAPHS],
 )
 def test_compiled_captured_and_eager_agree(device: str, compiling: dict[str, str], cache: str | None) -> None:
     _, model = pair(device)

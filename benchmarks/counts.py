@@ -145,6 +145,7 @@ def tabulate(name: str, counts: dict[str, Count]) -> Part:
         part.rows.append([what, *cells, f"{count.n_syncs:g}", peak])
         part.figures[what] = {"operations": count.operations, "launches": count.launches, "moved": count.moved} | {
             "flops": count.flops,
+            "copies": dict(count.copies),
             "syncs": dict(count.syncs),
             "peak": count.peak,
         }

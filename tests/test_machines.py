@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -30,7 +30,7 @@ LIMIT = 900  # seconds that a launch may take on a busy machine
 
 
 class Machines:
-    """Two launchers, each with a process group of its own, as a machine has."""
+    """Two launchers."""
 
     def __init__(self, mode: str, directory: Path) -> None:
         self.logs = [directory / f"machine-{rank}.log" for rank in range(2)]
@@ -51,7 +51,6 @@ class Machines:
                     env=environment,
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    start_new_session=True,
                 )
             self.launchers.append(launcher)
 
@@ -59,12 +58,13 @@ class Machines:
         return "\n".join(log.read_text()[-3000:] for log in self.logs)
 
     def kill(self, rank: int) -> None:
-        """The launcher and what it started, at once, as when a machine fails."""
-        try:
-            os.killpg(self.launchers[rank].pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        self.launchers[rank].wait()
+        """The launcher and what it started, which has a session of its own, at once, as when a machine fails."""
+        launcher = self.launchers[rank]
+        if launcher.poll() is None:
+            started = psutil.Process(launcher.pid).children(recursive=True)
+            for process in (launcher, *started):
+                process.kill()
+        launcher.wait()
 
     def __enter__(self) -> Machines:
         return self

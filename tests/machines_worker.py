@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from distributed_worker import SAVED, build, losses, start
+from distributed_worker import SAVED, build, losses, on_gloo, start
 from test_evaluate import Ragged
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -38,7 +38,12 @@ class Wait(TrainerCallback):
 def main() -> None:
     directory, scenario = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
+    launched = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
     start(scenario)
+    if launched.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        os.environ.update(launched)
+        on_gloo()
+        scenario |= {"use_cpu": False, "accelerator_config": {"use_configured_state": True}}
     trainer = build(scenario, directory / "run", int(os.environ["WORLD_SIZE"]))
     trainer.add_callback(Wait(directory))
     run = directory / "run"

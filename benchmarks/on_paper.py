@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -290,6 +291,10 @@ def _never(*_: Any) -> Any:
 
 def environment(directory: Path) -> dict[str, str]:
     """Variables of a process that can make fake CUDA tensors; what that needs is compiled into ``directory``."""
+    if shutil.which("g++") is None:
+        raise RuntimeError(
+            "expected g++, found none; or use a build of PyTorch with CUDA, which needs no card for this"
+        )
     variables = dict(os.environ) | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     library, home = directory / "fake_cuda.so", Path(torch.__file__).parent
     command = ["g++", "-O0", "-fPIC", "-shared", "-std=c++20", f"-I{home}/include", f"-Wl,-rpath,{home}/lib"]

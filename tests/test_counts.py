@@ -62,6 +62,12 @@ BOUNDS = {
         TOKEN: (1287, 4.257, LOOP),
         STEP: (6278, 91.00, LABELS),
     },
+    "jet_nemotron_2b": {
+        WINDOW: (1329, 31.69, {}),
+        SLEEP["jet_nemotron_2b"]: (4348, 107.73, {}),
+        TOKEN: (1944, 4.308, LOOP),
+        STEP: (7620, 127.31, LABELS),
+    },
 }
 
 ON_PAPER = """

@@ -7,6 +7,6 @@ setup(
     package_dir={"sleepify.recipes": "recipes"},
     package_data={
         "sleepify": ["py.typed"],
-        "sleepify.recipes": ["configs/*.yaml", "configs/*.jsonl", "accelerate/*.yaml"],
+        "sleepify.recipes": ["configs/*.yaml", "configs/*.jsonl", "accelerate/*.yaml", "accelerate/*.sh"],
     },
 )

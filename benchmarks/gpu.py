@@ -1,207 +1,341 @@
-"""Everything that is worth measuring on one GPU, in one command and under ten minutes: a page and a JSON file.
+"""Everything that is worth measuring on one GPU, part by part in order of value: a page and a JSON file.
 
-    python -m benchmarks.gpu [--parts train jet memory wake operations] [--output docs/results/gpu.md]
+    python -m benchmarks.gpu [--parts train wake operations jet memory] [--output docs/results/gpu.md]
 
-Training is the paper's figure 6: Ouro 1.4B with 6 Jet layers from random weights, T = 12,000, bfloat16. Then
-Jet-Nemotron 2B at N = 6, memory, inference and single operations. ``--device cpu --tiny`` tries the same code without
-a GPU, on models a thousand times smaller, and writes where ``--output`` says.
+Training is the paper's figure 6: Ouro 1.4B with 6 Jet layers from random weights, T = 12,000, bfloat16, the fastest
+batch from 1 to 16 for every cell. Every cell is kept as soon as it is measured (``--kept``), the page is written anew
+after each, and a second run goes on where the first one stopped. What does not fit or fails is said in its cell and
+takes nothing else along. ``--device cpu --tiny`` tries the same code on models a thousand times smaller.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
+import json
+import math
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict
+from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 import torch
+from transformers import DynamicCache
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from benchmarks import memory, operations, train, wake
+from benchmarks.cells import Measured, Plan, free, said, works
 from benchmarks.full_size import build
-from benchmarks.models import Setting, count_flops, text, wake_up, windowed_step
-from benchmarks.report import RESULTS, Claim, Part, Spread, alternate, stopwatch, write_json, write_page
-from sleepify import SleepForCausalLM, ops
+from benchmarks.models import Setting, count_flops, text, windowed_step
+from benchmarks.report import RESULTS, Claim, Part, alternate, stopwatch, write_json, write_page
+from sleepify import SleepCache, ops
 
-PARTS = ("train", "jet", "memory", "wake", "operations")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Sizes of everything."""
-
-    device: str
-    tiny: bool
-    repeats: int
-    seconds: float
-    batches: Sequence[int]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.device == "cuda" else torch.float32
-
-    def ouro(self, device: str | None = None) -> SleepForCausalLM:
-        """Ouro 1.4B with its six Jet layers; one step of its own recurrence, as it runs when it sleeps."""
-        model = build("ouro_1.4b", device or self.device, self.dtype, self.tiny)
-        model.config.text_config.total_ut_steps = 1
-        return wake_up(model).train()
+PARTS = ("train", "wake", "operations", "jet", "memory")
 
 
-def matrix_rate(plan: Plan) -> tuple[float, Part]:
+def matrix_rate(plan: Plan) -> Measured:
     """Operations per second of a large product of two matrices: what the card gives at best."""
     side = 64 if plan.tiny else 8192
     a, b = (torch.randn(side, side, device=plan.device, dtype=plan.dtype) for _ in range(2))
     times = alternate({"product": lambda: a @ b}, 20, warmup=5, device=plan.device)["product"]
-    rates = Spread.of([2 * side**3 / t for t in times])
-    part = Part("Matrix rate", f"Product of two {side} x {side} matrices.", ["dtype", "TFLOP/s"])
-    part.rows.append([str(plan.dtype).removeprefix("torch."), rates.text(1e-12)])
-    part.figures["FLOP/s"] = rates
-    return rates.median, part
+    return {"side": side, "FLOP/s": median(2 * side**3 / t for t in times)}
 
 
-def tune(step: Callable[[Setting], Callable[[], None]], plan: Plan) -> Setting:
-    """The batch with the most rows per second, passes recomputed; a larger one must be 3% better.
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def tuned(plan: Plan, step: Callable[[Setting], Callable[[], None]]) -> Measured:
+    """Rows per second with the fastest batch that fits, activations kept or passes recomputed.
 
     Raises:
-        torch.OutOfMemoryError: if not even the smallest fits.
+        torch.OutOfMemoryError: if not even one row fits.
     """
-    best, best_rate = None, 0.0
-    for batch_size in plan.batches:
-        setting = Setting(batch_size, "loop")
-        try:
-            action = step(setting)
-            action()
-            rate = batch_size / stopwatch(action, plan.device)
-        except torch.OutOfMemoryError:
-            if best is None:
-                raise
-            break
-        if rate < 1.03 * best_rate:
-            break
-        best, best_rate = setting, rate
-    assert best is not None
-    return best
+    best: tuple[float, Setting] | None = None
+    for checkpoint in ("none", "loop"):
+        before = 0.0
+        for batch_size in plan.batches:
+            setting = Setting(batch_size, checkpoint)
+            try:
+                action = step(setting)
+                action()
+                rate = batch_size / stopwatch(action, plan.device)
+            except torch.OutOfMemoryError:
+                free(plan.device)
+                break
+            if best is None or rate > best[0]:
+                best = rate, setting
+            if rate < 1.03 * before:
+                break
+            before = rate
+    if best is None:
+        raise torch.OutOfMemoryError("not even one row fits")
+    setting = best[1]
+    times = alternate({"step": step(setting)}, plan.repeats, warmup=0, device=plan.device)["step"]
+    seconds = median(times) / setting.batch_size
+    return {"seconds per row": seconds, "batch": setting.batch_size, "checkpoint": setting.checkpoint}
+
+
+def training_order(windows: Sequence[int], loops: Sequence[int]) -> list[train.Key]:
+    """The cells of figure 6, the most telling first: 2K at N = 1 and 4, beside the parallel hybrid, and so on."""
+    by_value = sorted(windows, key=lambda window: (abs(math.log2(window / 2048)), -window))
+    keys = [("hard", by_value[0], n) for n in loops if n in (1, 4)]
+    keys += [("parallel", window, 1) for window in by_value[:2]] + [("hard", by_value[1], 1)]
+    every = [("hard", window, n) for n in loops for window in by_value]
+    every += [(kind, window, 1) for kind in ("parallel", "sliding") for window in by_value]
+    return list(dict.fromkeys([*keys, *every]))
 
 
 def measure_training(plan: Plan, rate: float) -> list[Part]:
     """Figure 6, with utilisation."""
-    tokens, windows = (43, (32,)) if plan.tiny else (12_000, (512, 1024, 2048, 4096))
-    n_loops = (1, 2) if plan.tiny else train.LOOPS
+    tokens, windows = (43, (16, 32)) if plan.tiny else (12_000, (512, 1024, 2048, 4096))
+    loops = (1, 2) if plan.tiny else train.LOOPS
     attention = "flash_attention_2" if plan.device == "cuda" and is_flash_attn_2_available() else "blocks"
+    order = training_order(windows, loops)
     counted = plan.ouro("meta")
-    steps = train.Steps(plan.ouro(), counted, tokens, windows, n_loops, attention, plan.device)
-    settings: dict[train.Key, Setting] = {}
-    for window in windows:
-        for kind in ("hard", "sliding", "parallel"):
-            tuned = tune(partial(steps.action, (kind, window, 1)), plan)
-            settings |= {(kind, window, n): tuned for n in (n_loops if kind == "hard" else (1,))}
-    times = train.measure(steps, plan.repeats, settings, plan.seconds)
-    batches = sorted({setting.batch_size for setting in settings.values()})
-    intro = (
-        f"Ouro 1.4B with 6 Jet layers, random weights, T = {tokens:,}; passes recomputed in the backward pass, in the "
-        f"parallel hybrid layers; batches of {batches} rows, the faster at N = 1. Attention of the parallel hybrid: "
-        f"{attention}."
-    )
-    relative = train.tabulate(steps, times, "Training", intro)
-    used = utilisation(steps, times, rate)
-    for window in windows:
-        for n in n_loops[1:3]:
-            value = 1 / train.over_ideal(steps, times, window, n).median
-            what = f"tokens/s x ideal, N = {n} / N = 1, L = {window}"
-            relative.claims.append(Claim(what, value, at_least=0.95))
-    value = 1 / train.over_parallel(steps, times, windows[-1], 1).median
-    relative.claims.append(Claim(f"tokens/s, windowed / parallel, N = 1, L = {windows[-1]}", value, at_least=0.95))
 
-    plain = train.Steps(steps.model, counted, tokens, windows, (1,), attention, plan.device)
-    times = train.measure(plain, plan.repeats, None, plan.seconds / 4)
-    intro = f"As above, T = {tokens:,}, batch 1, all activations kept."
-    return [relative, used, train.tabulate(plain, times, "Training, nothing recomputed", intro)]
+    @cache
+    def steps() -> train.Steps:
+        return train.Steps(plan.ouro(), counted, tokens, windows, loops, attention, plan.device)
 
+    def measure(key: train.Key) -> Measured:
+        return tuned(plan, partial(steps().action, key))
 
-def utilisation(steps: train.Steps, times: dict[train.Key, list[float]], rate: float) -> Part:
-    """Tokens per second, and operations of the model (recomputation does not count) over the matrix rate."""
+    found = {
+        (kind, window, n): plan.cell(f"training {kind} L={window} N={n}", partial(measure, (kind, window, n)))
+        for kind, window, n in order
+    }
     part = Part(
-        "Throughput and utilisation",
+        "Training",
+        f"Ouro 1.4B with 6 Jet layers, random weights, T = {tokens:,}; for every cell the fastest batch of "
+        f"{list(plan.batches)} rows, activations kept (none) or passes recomputed (loop). "
         "Utilisation: operations of the model's matrix products (three times the forward pass, of attention the causal "
-        "half, recomputation not counted) per second, over the matrix rate above.",
-        ["L", "N", "tokens per second", "TFLOP/s", "utilisation"],
+        "half, recomputation not counted) per second, over the matrix rate. Over N = 1: tokens per second times "
+        f"the passes that N takes, over those of N = 1. Attention of the parallel hybrid: {attention}.",
+        ["L", "step", "batch", "recomputed", "tokens per second", "TFLOP/s", "utilisation", "over N = 1"],
     )
-    middle = steps.windows[-2:][0]
-    for window in steps.windows:
-        for n in steps.n_loops:
-            seconds = times["hard", window, n]
-            work = count_flops(steps.counted, steps.tokens, window, n)
-            tokens, done = (Spread.of([amount / t for t in seconds]) for amount in (steps.tokens, work))
-            share = done.median / rate
-            cells = [tokens.text(digits=0), done.text(1e-12, 1), f"{share:.1%}"]
-            part.rows.append([f"{window:,}", str(n), *cells])
-            part.figures[f"L={window} N={n}"] = {"tokens/s": tokens, "FLOP/s": done, "utilisation": share}
-            if window == middle:
-                part.claims.append(Claim(f"utilisation, N = {n}, L = {window}", share, at_least=0.40))
-    return part
+    for kind, window, n in sorted(found, key=lambda key: (key[1], key[0] != "hard", key[0], key[2])):
+        cell = found[kind, window, n]
+        label = f"N = {n}" if kind == "hard" else f"{kind}, N = 1" if kind == "sliding" else "parallel hybrid"
+        if not works(cell):
+            part.rows.append([f"{window:,}", label, said(cell), *[""] * 5])
+            continue
+        speed = tokens / cell["seconds per row"]
+        cells = [str(cell["batch"]), cell["checkpoint"], f"{speed:,.0f}"]
+        if kind == "parallel":
+            part.rows.append([f"{window:,}", label, *cells, "", "", ""])
+            continue
+        done = count_flops(counted, tokens, window, n) / cell["seconds per row"]
+        one = found["hard", window, 1]
+        over = ""
+        if works(one):
+            factor = count_flops(counted, tokens, window, n) / count_flops(counted, tokens, window, 1)
+            value = one["seconds per row"] * factor / cell["seconds per row"]
+            over = f"{value:.3f}"
+            if kind == "hard" and n in (2, 4):
+                part.claims.append(Claim(f"tokens/s x arithmetic, N = {n} / N = 1, L = {window}", value, at_least=0.95))
+        part.rows.append([f"{window:,}", label, *cells, f"{done / 1e12:,.1f}", f"{done / rate:.1%}", over])
+        part.figures[f"{kind} L={window} N={n}"] = cell | {"tokens/s": speed, "FLOP/s": done}
+        if kind == "hard" and n == 1 and window == windows[-2]:
+            part.claims.append(Claim(f"tokens/s, N = 1, L = {window}", speed, at_least=30_000))
+            part.claims.append(Claim(f"utilisation, N = 1, L = {window}", done / rate, at_least=0.50))
+        if kind == "hard" and n == 1 and window == windows[-1] and works(rival := found["parallel", window, 1]):
+            value = rival["seconds per row"] / cell["seconds per row"]
+            part.claims.append(Claim(f"tokens/s, windowed / parallel, N = 1, L = {window}", value, at_least=0.98))
+    return [part]
 
 
-def measure_jet(plan: Plan) -> Part:
-    """Jet-Nemotron 2B in its hardest published setting, with an optimiser."""
-    tokens, window = (28, 16) if plan.tiny else (3300, 2000)
-    n_loops = 2 if plan.tiny else 6
-    model = build("jet_nemotron_2b", plan.device, plan.dtype, plan.tiny).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
-    setting, batch = Setting(1, "loop"), text(model, tokens)
+# --- inference --------------------------------------------------------------------------------------------------------
 
-    def step() -> None:
-        windowed_step(model, batch, window, n_loops, setting)
-        optimizer.step()
 
-    seconds = Spread.of(alternate({"step": step}, min(5, plan.repeats), device=plan.device)["step"])
-    finite = all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+@torch.no_grad()
+def decoding(plan: Plan, way: str) -> Measured:
+    """Seconds of a token at N = 1 and 6, after 1 window and many, and of the base with as many keys."""
+    window, many, tokens = (4, 3, 2) if plan.tiny else (512, 128, 60)
+    model, graph = plan.ouro().eval(), way == "graph"
+    model.config.window_size, model.config.eviction = window, "hard"
+    ids, _ = text(model, many * window + window // 2)
+    sessions: dict[str, SleepCache] = {}
+    for n in (1, 6):
+        for windows in (1, many):
+            cache = SleepCache(fixed_shapes=graph)
+            model(ids[:, : windows * window + window // 2], past_key_values=cache, n_loops=n, logits_to_keep=1)
+            sessions[f"N={n} after {windows}"] = cache
+    base, keys = model.language_model, DynamicCache(config=model.config.text_config)
+    base(ids[:, : window // 2], past_key_values=keys, logits_to_keep=1)
+    if graph:
+        how = {"mode": "reduce-overhead"} if plan.device == "cuda" else {"backend": "aot_eager"}
+        model.compile(**how)
+    token = ids[:, :1]
+
+    def slept(name: str) -> None:
+        n = int(name[2])
+        model(token, past_key_values=sessions[name].clone(), n_loops=n, logits_to_keep=1)
+
+    def unslept() -> None:
+        base(token, past_key_values=keys, logits_to_keep=1)
+        keys.crop(-1)
+
+    actions: dict[str, Callable[[], None]] = {name: partial(slept, name) for name in sessions} | {"base": unslept}
+    times = alternate(actions, tokens, warmup=min(tokens, 10), device=plan.device, seconds=plan.seconds / 4)
+    return {name: median(seconds) for name, seconds in times.items()} | {"many": many, "window": window}
+
+
+def measure_inference(plan: Plan, rate: float) -> list[Part]:
+    """Tokens eager and captured; sleeps; prompts; what a session weighs."""
     part = Part(
-        "Jet-Nemotron 2B",
-        f"Random weights, N = {n_loops}, L = {window:,}, T = {tokens:,}, batch 1, passes recomputed, with AdamW.",
-        ["seconds per step", "tokens per second", "peak GiB, everything"],
+        "Decoding",
+        "Milliseconds of one token, batch 1, half a window open. The base has as many keys. Graph: every layer "
+        'compiled with mode="reduce-overhead", in the base\'s case too, and keys of a fixed shape.',
+        ["", "N", "after 1 window", "after many", "many / 1", "the base", "over the base"],
     )
-    peak = torch.cuda.max_memory_allocated() if plan.device == "cuda" else 0
-    part.rows.append([seconds.text(), f"{tokens / seconds.median:,.0f}", f"{peak / 2**30:.1f}"])
-    part.figures = {"seconds": seconds, "peak bytes": peak}
-    part.claims.append(Claim("Jet-Nemotron 2B at N = 6 trains, gradients finite (1: yes)", float(finite), at_least=1))
-    return part
+    for way in ("eager", "graph"):
+        cell = plan.cell(f"decoding {way}", partial(decoding, plan, way))
+        if not works(cell):
+            part.rows.append([way, said(cell), *[""] * 5])
+            continue
+        many, base = cell["many"], cell["base"]
+        for n in (1, 6):
+            first, last = cell[f"N={n} after 1"], cell[f"N={n} after {many}"]
+            ratios = last / first, first / base
+            cells = [f"{value * 1e3:.2f}" for value in (first, last)]
+            part.rows.append([way, str(n), *cells, f"{ratios[0]:.3f}", f"{base * 1e3:.2f}", f"{ratios[1]:.3f}"])
+            part.claims.append(Claim(f"token after {many} windows / 1, N = {n}, {way}", ratios[0], at_most=1.02))
+        across = cell["N=6 after 1"] / cell["N=1 after 1"]
+        part.claims.append(Claim(f"token, N = 6 / N = 1, {way}", across, at_most=1.02))
+        part.claims.append(Claim(f"token / the base's own, {way}", cell["N=1 after 1"] / base, at_most=1.15))
+        part.figures[way] = cell
+    others = plan.cell("sleeps and prompts", partial(sleeps_and_prompts, plan))
+    return [part, *(revived(others) if works(others) else [])]
 
 
-def measure_memory(plan: Plan) -> list[Part]:
-    """Peak of a step of Ouro."""
-    window, counts = (20, (1, 2)) if plan.tiny else (1024, (2, 4, 8))
-    loops = (1, 2) if plan.tiny else (1, 4)
-    return [memory.measure(plan.ouro(), window, counts, loops, 1, plan.device)]
-
-
-def measure_inference(plan: Plan) -> list[Part]:
-    """Tokens, sleeps, prompts."""
-    window, n_windows, n_loops = (4, (1, 2), (1, 2)) if plan.tiny else (512, (1, 8, 32, 128), (1, 2, 6))
+def sleeps_and_prompts(plan: Plan) -> Measured:
+    """The pause of a sleep, and a long prompt beside the base's full attention."""
+    window, prompt = (4, 2) if plan.tiny else (512, 32)
     model = plan.ouro().eval()
     model.config.window_size, model.config.eviction = window, "hard"
-    ids, _ = text(model, (max(n_windows) + 1) * window)
+    ids, _ = text(model, (prompt + 1) * window)
     sleeps = (1, 2) if plan.tiny else train.LOOPS
-    what = wake.Inference(model, ids, window, n_windows, n_loops, sleeps, min(32, max(n_windows)), plan.device)
-    tokens = 2 if plan.tiny else 60
-    parts = wake.measure_tokens(what, tokens, plan.seconds / 3)
-    parts.append(wake.measure_sleep(what, 4 * plan.repeats, plan.seconds / 8))
-    return [*parts, wake.measure_prompt(what, plan.repeats, plan.seconds / 8)]
+    what = wake.Inference(model, ids, window, (1,), (1,), sleeps, prompt, plan.device)
+    parts = [wake.measure_sleep(what, 4 * plan.repeats, plan.seconds / 8)]
+    return {"parts": [asdict(each) for each in (*parts, wake.measure_prompt(what, plan.repeats, plan.seconds / 8))]}
 
 
-def measure_operations(plan: Plan) -> list[Part]:
+def revived(cell: Measured) -> list[Part]:
+    """Parts as they were measured."""
+    parts = [dict(each) for each in cell["parts"]]
+    return [Part(**each | {"claims": [Claim(**claim) for claim in each["claims"]]}) for each in parts]
+
+
+def measure_operations(plan: Plan, rate: float) -> list[Part]:
     """Single operations, and our gated delta rule against flash-linear-attention's kernel where there is one."""
-    return operations.measure_all(plan.device, plan.dtype, 4 * plan.repeats, plan.tiny, plan.seconds / 60)
+
+    def measure() -> Measured:
+        parts = operations.measure_all(plan.device, plan.dtype, 4 * plan.repeats, plan.tiny, plan.seconds / 60)
+        return {"parts": [asdict(each) for each in parts]}
+
+    cell = plan.cell("operations", measure)
+    return revived(cell) if works(cell) else [Part("Operations", said(cell), ["not measured"])]
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def measure_jet(plan: Plan, rate: float) -> list[Part]:
+    """Jet-Nemotron 2B in its hardest published setting, with an optimiser, by what is recomputed."""
+    tokens, window, n = (28, 16, 2) if plan.tiny else (3300, 2000, 6)
+    part = Part(
+        "Jet-Nemotron 2B",
+        f"Random weights, N = {n}, L = {window:,}, T = {tokens:,}, batch 1, with AdamW.",
+        ["checkpoint", "seconds per step", "tokens per second", "peak GiB, everything"],
+    )
+
+    def measure(checkpoint: str) -> Measured:
+        model = build("jet_nemotron_2b", plan.device, plan.dtype, plan.tiny).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+        setting, batch = Setting(1, checkpoint), text(model, tokens)
+
+        def step() -> None:
+            windowed_step(model, batch, window, n, setting)
+            optimizer.step()
+
+        if plan.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        times = alternate({"step": step}, plan.repeats, device=plan.device)["step"]
+        peak = torch.cuda.max_memory_allocated() if plan.device == "cuda" else 0
+        finite = all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+        return {"seconds": median(times), "peak": peak, "finite": float(finite)}
+
+    for checkpoint in ("loop", "window", "none"):
+        cell = plan.cell(f"jet {checkpoint}", partial(measure, checkpoint))
+        if not works(cell):
+            part.rows.append([checkpoint, said(cell), "", ""])
+            continue
+        cells = [f"{cell['seconds']:.3f}", f"{tokens / cell['seconds']:,.0f}", f"{cell['peak'] / 2**30:.1f}"]
+        part.rows.append([checkpoint, *cells])
+        part.figures[checkpoint] = cell
+        part.claims.append(Claim(f"trains, gradients finite (1: yes), {checkpoint}", cell["finite"], at_least=1))
+    return [part]
+
+
+def measure_memory(plan: Plan, rate: float) -> list[Part]:
+    """Peak of a step of Ouro by T, N and what is recomputed."""
+    window, counts, loops = (20, (1, 2), (1, 2)) if plan.tiny else (1024, (2, 4, 8), (1, 4))
+    part = Part(
+        "Peak of a step",
+        f"Ouro 1.4B with 6 Jet layers, windows of {window:,}, batch 1; GiB beyond weights, gradients included.",
+        ["checkpoint", "N", *(f"T = {n} windows" for n in counts)],
+    )
+    model = cache(plan.ouro)
+
+    def measure(checkpoint: str, n: int, count: int) -> Measured:
+        batch = text(model(), count * window + window // 2)
+        model().zero_grad(set_to_none=True)
+        step = partial(windowed_step, model(), batch, window, n, Setting(1, checkpoint))
+        return {"peak": memory.peak_bytes(step, plan.device)}
+
+    for n in loops:
+        for checkpoint in ("window", "loop", "none"):
+            row = []
+            for count in counts:
+                name = f"memory {checkpoint} N={n} windows={count}"
+                cell = plan.cell(name, partial(measure, checkpoint, n, count))
+                row.append(f"{cell['peak'] / 2**30:.2f}" if works(cell) else said(cell))
+                if works(cell):
+                    part.figures[name] = cell["peak"]
+            part.rows.append([f'"{checkpoint}"', str(n), *row])
+    for n in loops:
+        peaks = [part.figures.get(f"memory window N={n} windows={count}") for count in counts]
+        for (one, other), (few, many) in zip(pairwise(peaks), pairwise(counts), strict=True):
+            if one is not None and other is not None:
+                what = f'peak, checkpoint="window", N = {n}, {many} windows / {few}'
+                part.claims.append(Claim(what, other / one, at_most=1.10))
+    return [part]
+
+
+# The names of a part's cells begin so.
+SECTIONS: dict[str, tuple[str, Callable[[Plan, float], list[Part]]]] = {
+    "train": ("training", measure_training),
+    "wake": ("decoding", measure_inference),
+    "operations": ("operations", measure_operations),
+    "jet": ("jet", measure_jet),
+    "memory": ("memory", measure_memory),
+}
 
 
 def main(argv: list[str] | None = None) -> list[Part]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--repeats", type=int, default=5, help="rounds of training steps, at most")
-    parser.add_argument("--seconds", type=float, default=150, help="of rounds of training steps; others in proportion")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2], help="batch sizes to choose from")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS, help="to measure; of others the page has what is kept"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps per cell")
+    parser.add_argument("--seconds", type=float, default=480, help="after which a part begins no further cell")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="batch sizes to choose from")
     parser.add_argument("--output", type=Path, help="the page, with the JSON file beside; docs/results/gpu.md on a GPU")
+    parser.add_argument(
+        "--kept", type=Path, help="cells measured so far, beside the page by default; delete to begin anew"
+    )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="narrow models, to try the script")
     arguments = parser.parse_args(argv)
@@ -212,31 +346,45 @@ def main(argv: list[str] | None = None) -> list[Part]:
     if arguments.device == "cpu":
         torch.set_num_threads(1)
     output = arguments.output or RESULTS / "gpu.md"
-    plan = Plan(arguments.device, arguments.tiny, arguments.repeats, arguments.seconds, arguments.batches)
+    kept = arguments.kept or output.with_suffix(".cells.json")
+    plan = Plan(arguments.device, arguments.tiny, arguments.repeats, arguments.seconds, arguments.batches, kept)
+    if kept.exists():
+        plan.cells = json.loads(kept.read_text(encoding="utf-8"))
 
-    rate, part = matrix_rate(plan)
-    parts = [part]
-    sections: dict[str, Callable[[], list[Part]]] = {
-        "train": lambda: measure_training(plan, rate),
-        "jet": lambda: [measure_jet(plan)],
-        "memory": lambda: measure_memory(plan),
-        "wake": lambda: measure_inference(plan),
-        "operations": lambda: measure_operations(plan),
-    }
     kernels = "; ".join(f"{op}: {implementation}" for op, implementation in ops.describe().items() if "cuda" in op)
     what_it_is = "" if plan.device == "cuda" else "**A trial of the script on a CPU: its figures mean nothing.** "
-    intro = f"{what_it_is}{' '.join(train.INTRO.split())} Kernels: {kernels}."
-    for name in arguments.parts:
-        print(f"{name} ...", flush=True)
-        parts += sections[name]()
-        gc.collect()
-        if plan.device == "cuda":
-            torch.cuda.empty_cache()
-        # Written after every part, so that what a later one breaks does not take it along.
-        write_page(output, title="On a GPU", command="python -m benchmarks.gpu", intro=intro, parts=parts)
-        write_json(output.with_suffix(".json"), parts)
+    intro = f"{what_it_is}Kernels: {kernels}."
+    parts: dict[str, list[Part]] = {}
+
+    def write() -> None:
+        """The page with what there is, so that what a later part breaks does not take it along."""
+        every = [part for name in ("rate", *PARTS) for part in parts.get(name, [])]
+        write_page(output, title="On a GPU", command="python -m benchmarks.gpu", intro=intro, parts=every)
+        write_json(output.with_suffix(".json"), every)
+
+    plan.deadline = time.perf_counter() + plan.seconds
+    found = plan.cell("matrix rate", partial(matrix_rate, plan))
+    rate = found["FLOP/s"] if works(found) else float("nan")
+    parts["rate"] = [Part("Matrix rate", "Product of two square matrices.", ["dtype", "side", "TFLOP/s"])]
+    if works(found):
+        name = str(plan.dtype).removeprefix("torch.")
+        parts["rate"][0].rows.append([name, f"{found['side']:,}", f"{rate / 1e12:,.1f}"])
+        parts["rate"][0].figures["FLOP/s"] = rate
+    # What was measured before goes onto the page as it is.
+    for name in [name for name in PARTS if name not in arguments.parts] + list(arguments.parts):
+        cells, measure = SECTIONS[name]
+        if name in arguments.parts:
+            print(f"{name} ...", flush=True)
+            plan.deadline = time.perf_counter() + plan.seconds
+        elif any(cell.startswith(cells) for cell in plan.cells):
+            plan.deadline = 0.0
+        else:
+            continue
+        parts[name] = measure(plan, rate)
+        free(plan.device)
+        write()
     print(output.read_text(encoding="utf-8"))
-    return parts
+    return [part for name in ("rate", *PARTS) for part in parts.get(name, [])]
 
 
 if __name__ == "__main__":

@@ -174,12 +174,16 @@ def start(scenario: dict[str, Any]) -> None:
         # transformers asks for a GPU.
         training_args.is_torch_bf16_gpu_available = lambda: True
     if "deepspeed" in scenario:
-        # What Accelerate does on a GPU; without one it would find no backend, and DeepSpeed would compile its own.
-        import deepspeed
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        PartialState(backend="gloo")
+        on_gloo()
+
+
+def on_gloo() -> None:
+    """What Accelerate does on a GPU; without one it would find no backend, and DeepSpeed would compile its own."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    PartialState(backend="gloo")
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tolerances import EXACT, EXACT_GRAD, assert_close
 
-from benchmarks import compiled, gpu, memory, models, operations, pauses, report, sessions, train, wake
+from benchmarks import cells, compiled, gpu, memory, models, operations, pauses, report, sessions, train, wake
 
 ROOT = Path(__file__).resolve().parent.parent
 ON_CPU = {"wake": wake, "train": train, "memory": memory, "operations": operations, "compiled": compiled} | {
@@ -46,15 +46,55 @@ def test_make_bench_runs_every_cpu_script():
     assert listed == list(ON_CPU)
 
 
-def test_the_gpu_script_runs_without_a_gpu(tmp_path, capsys):
+def test_the_gpu_script_runs_without_a_gpu_and_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     page = tmp_path / "gpu.md"
-    few = ["--repeats", "1", "--batches", "1"]
-    gpu.main(["--device", "cpu", "--tiny", "--output", str(page), "--parts", "train", "jet", *few])
+    given = ["--device", "cpu", "--tiny", "--output", str(page), "--repeats", "1", "--batches", "1"]
+
+    with monkeypatch.context() as patch:
+        real = gpu.tuned
+
+        def failing(plan, step):
+            kind, window, _ = step.args[0]
+            if (kind, window) == ("hard", 16):
+                raise torch.OutOfMemoryError("too large")
+            if kind == "sliding":
+                raise RuntimeError("broken")
+            return real(plan, step)
+
+        patch.setattr(gpu, "tuned", failing)
+        gpu.main([*given, "--parts", "train"])
     assert "its figures mean nothing" in page.read_text(encoding="utf-8")
+    written = page.read_text(encoding="utf-8")
+    assert written.count("out of memory") == 2 and written.count("RuntimeError: broken") == 2
+    assert "utilisation, N = 1, L = 16" not in written and "windowed / parallel, N = 1, L = 32" in written
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, "tuned", None)  # what was measured is not measured again
+        gpu.main([*given, "--parts", "jet"])
     figures = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
-    assert {"Matrix rate", "Training", "Throughput and utilisation", "Jet-Nemotron 2B"} < set(figures)
-    what = " ".join(claim["what"] for claim in figures["Training"]["claims"])
-    assert "windowed / parallel" in what and "tokens/s x ideal" in what
+    assert {"Matrix rate", "Training", "Jet-Nemotron 2B"} < set(figures)
+    assert page.read_text(encoding="utf-8").count("out of memory") == 2
+
+
+def test_a_cell_that_fails_takes_no_other_along(tmp_path, capsys):
+    kept = tmp_path / "cells.json"
+    plan = cells.Plan("cpu", True, 1, 60, (1,), kept, deadline=float("inf"))
+
+    def fail():
+        raise torch.OutOfMemoryError("1 GiB")
+
+    assert plan.cell("a", fail) == {"failed": "out of memory"}
+    assert plan.cell("b", lambda: {"seconds": 1.5}) == {"seconds": 1.5}
+    assert json.loads(kept.read_text(encoding="utf-8")) == {"a": {"failed": "out of memory"}, "b": {"seconds": 1.5}}
+    plan.deadline = 0.0
+    assert plan.cell("b", fail) == {"seconds": 1.5} and plan.cell("c", fail) is None
+    assert not cells.works(plan.cell("c", fail)) and cells.said(None) == "no time"
+
+
+def test_cells_come_in_order_of_value():
+    order = gpu.training_order((512, 1024, 2048, 4096), (1, 2, 4, 6))
+    assert order[:4] == [("hard", 2048, 1), ("hard", 2048, 4), ("parallel", 2048, 1), ("parallel", 4096, 1)]
+    assert len(order) == len(set(order)) == 4 * (4 + 2)
 
 
 def test_a_trial_never_replaces_the_page_of_a_gpu(capsys):

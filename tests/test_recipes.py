@@ -200,14 +200,20 @@ def test_accelerate_files_are_the_expected_ones_and_load() -> None:
         "fsdp2": "FSDP",
         "zero2": "DEEPSPEED",
         "zero3": "DEEPSPEED",
+        "fsdp2_two_nodes": "FSDP",
+        "zero3_two_nodes": "DEEPSPEED",
     }
-    assert {path.name for path in (FOLDER / "accelerate").iterdir()} == {f"{name}.yaml" for name in kinds}
+    names = {f"{name}.yaml" for name in kinds} | {"slurm.sh"}
+    assert {path.name for path in (FOLDER / "accelerate").iterdir()} == names
     for name, kind in kinds.items():
         config = load_config_from_file(str(FOLDER / "accelerate" / f"{name}.yaml"))
         assert str(config.distributed_type).rsplit(".")[-1] == kind
-        assert config.use_cpu == (name == "cpu") and config.num_processes == (1 if kind == "NO" else 8)
+        assert config.use_cpu == (name == "cpu") and config.num_processes == (
+            1 if kind == "NO" else 8 * config.num_machines
+        )
+        assert config.num_machines == (2 if "two_nodes" in name else 1)
         if kind == "DEEPSPEED":
-            assert config.deepspeed_config["zero_stage"] == int(name[-1])
+            assert config.deepspeed_config["zero_stage"] == int(name[len("zero")])
         if kind == "FSDP":
             assert config.fsdp_config["fsdp_version"] == 2
 

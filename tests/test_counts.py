@@ -1,0 +1,130 @@
+"""Full-size models on fake CUDA tensors: nothing waits for the card that need not, and nothing became more.
+
+Anything that needs a value from the card raises by itself. The bounds are what was counted, and two parts in a hundred:
+who makes something cheaper lowers them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.on_paper import environment
+
+pytest.importorskip("triton", reason="pip install triton (Linux): the kernels that are counted on a card are its")
+pytestmark = pytest.mark.skipif(
+    torch.version.cuda is None and shutil.which("g++") is None,
+    reason="g++ makes the CUDA device that a build of PyTorch without CUDA lacks",
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+SLACK = 1.02
+SLEEP = {"ouro_1.4b": "sleep, N = 4", "jet_nemotron_2b": "sleep, N = 6"}
+TOKEN, WINDOW = "decoded token", "window of a prompt, N = 1"
+STEP = 'training step, one window and a rest, N = 1, "none"'
+
+
+def counted(model: str, *parts: str) -> dict[str, dict]:
+    """By what is done, see benchmarks/counts.py; in a process of its own, in which there is a CUDA device on paper."""
+    command = [sys.executable, "-m", "benchmarks.counts", "--json", "--models", model, "--parts", *parts]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert child.returncode == 0, child.stdout + child.stderr
+    return json.loads(child.stdout.splitlines()[-1])[model]
+
+
+def check(model: str, found: dict[str, dict]) -> None:
+    for what, figures in found.items():
+        launches, moved, syncs = BOUNDS[model][what]
+        line = f"{model}, {what}: {figures['launches']:,} kernels, {figures['moved'] / 1e9:.1f} GB, {figures['syncs']}"
+        print(line)
+        assert figures["launches"] <= SLACK * launches, line
+        assert figures["moved"] <= SLACK * moved * 1e9, line
+        assert figures["syncs"].keys() <= syncs.keys(), f"a new sync: {line}"
+        for place, count in figures["syncs"].items():
+            assert count <= syncs[place], line
+
+
+# Kernels, GB moved, and how often the host may wait where.
+LOOP = {"transformers/generation/utils.py: __call__": 1}  # transformers' own loop asks whether every row has ended
+LABELS = {"sleepify/rows.py: _fetch": 1}  # where the labels are decides which windows are read awake
+BOUNDS = {
+    "ouro_1.4b": {
+        WINDOW: (1057, 22.51, {}),
+        SLEEP["ouro_1.4b"]: (4229, 92.30, {}),
+        TOKEN: (1287, 4.257, LOOP),
+        STEP: (6278, 91.00, LABELS),
+    },
+    "jet_nemotron_2b": {
+        WINDOW: (1329, 31.69, {}),
+        SLEEP["jet_nemotron_2b"]: (4348, 107.73, {}),
+        TOKEN: (1944, 4.308, LOOP),
+        STEP: (7620, 127.31, LABELS),
+    },
+}
+
+ON_PAPER = """
+import torch
+from benchmarks.on_paper import Count, HostSyncError, card
+
+def asks(question):
+    try:
+        question()
+    except HostSyncError:
+        return
+    raise AssertionError("nobody asked")
+
+with card() as paper:
+    real = torch.arange(6).reshape(2, 3)
+    there, product = paper.give(real), torch.ones(4, 4, device="cuda") @ torch.ones(4, 4, device="cuda")
+    asks(lambda: product.sum().item())
+    asks(lambda: bool(product.isfinite().all()))
+    asks(lambda: product.nonzero())
+    asks(lambda: product.cpu())
+    assert not paper.count.syncs, paper.count
+    # Whole numbers are known, and asking for them is counted.
+    assert (there + 1)[:, 1:].sum().item() == 2 + 3 + 5 + 6 and paper.count.n_syncs == 1
+    assert torch.equal((there > 2).nonzero().cpu(), (real > 2).nonzero()) and paper.count.n_syncs == 3
+    changed = there.clone()
+    changed[:, 0] = there[:, 2]
+    assert changed.tolist() == [[2, 1, 2], [5, 4, 5]]
+    assert torch.tensor([7]).to("cuda", non_blocking=True).is_cuda and sum(paper.count.copies.values()) == 1
+    paper.count = Count()
+    a = torch.ones(8, 16, device="cuda", requires_grad=True)
+    (a @ torch.ones(16, 4, device="cuda")).sum().backward()
+    assert a.grad.is_cuda and paper.count.flops == 2 * (2 * 8 * 16 * 4)
+    assert paper.count.peak >= 4 * (8 * 16 + 16 * 4 + 8 * 4)
+print("well counted")
+"""
+
+
+def test_what_is_asked_of_a_card_on_paper(tmp_path):
+    child = subprocess.run(
+        [sys.executable, "-c", ON_PAPER], env=environment(tmp_path), cwd=ROOT, capture_output=True, text=True
+    )
+    assert child.stdout.strip() == "well counted", child.stderr
+
+
+def test_a_prompt_and_a_token_of_ouro_at_full_size():
+    check("ouro_1.4b", counted("ouro_1.4b", "read", "decode"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", BOUNDS)
+def test_sleep_and_training_at_full_size(model):
+    check(model, counted(model, "read", "sleep", "decode", "step"))
+
+
+def test_every_sync_has_a_reason():
+    """One per token, which is transformers', and one per step of training; none while a text is read and slept on."""
+    for model, bounds in BOUNDS.items():
+        assert bounds.keys() == {WINDOW, SLEEP[model], TOKEN, STEP}
+        assert bounds[WINDOW][2] == bounds[SLEEP[model]][2] == {}
+        assert sum(bounds[TOKEN][2].values()) <= 1 and sum(bounds[STEP][2].values()) <= 1

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from sleepify.keywords import refuse
 from sleepify.packing import Marks
@@ -37,12 +38,14 @@ class Backbone(nn.Module):
             self.training = part.training
         self.config, self._read = config, read
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         *args: Any,
         inputs_embeds: None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Read tokens as ``SleepForCausalLM.forward`` does.
@@ -50,7 +53,7 @@ class Backbone(nn.Module):
         Args:
             args, kwargs: those of ``SleepForCausalLM.forward``, without labels; ``logits_to_keep`` says of which
                 columns hidden states are wanted (all by default).
-            inputs_embeds, output_attentions, output_hidden_states: must be off.
+            inputs_embeds, output_attentions, output_hidden_states, output_router_logits: must be off.
 
         Returns:
             ``last_hidden_state`` [B, columns, D], awake and with the final norm applied (0 at padding), and
@@ -64,6 +67,7 @@ class Backbone(nn.Module):
             inputs_embeds=inputs_embeds,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            output_router_logits=output_router_logits,
         )
         marks = Marks(**{field.name: kwargs.pop(field.name, None) for field in fields(Marks)})
         reading = self._read(*args, **kwargs, marks=marks)

@@ -48,6 +48,10 @@ class SleepForCausalLM(
     Args:
         config: how it sleeps, with the base's configuration inside.
         language_model: the base; built from ``config.text_config`` if not given.
+
+    Attributes:
+        logits_in_training: whether a call in training with labels gives logits too, as transformers' other models do;
+            for trainers that look at them. Off, since they may be as large as all the rest of a step.
     """
 
     config_class = SleepConfig
@@ -88,6 +92,7 @@ class SleepForCausalLM(
         self.watch: algorithm.Watch | None = None
         self.branch: algorithm.Branch | None = None
         self.objective: Objective = cross_entropy
+        self.logits_in_training = False
         # What a saved session must agree with, wherever and in whatever precision the model was loaded.
         base = {name: value for name, value in config.text_config.to_dict().items() if name not in _INCIDENTAL}
         described = [base, config.fast_weights.to_dict(), config.base_fingerprint]
@@ -208,6 +213,7 @@ class SleepForCausalLM(
         inputs_embeds: None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
         position_ids: Tensor | None = None,
         cache_position: Tensor | None = None,
         token_type_ids: Tensor | None = None,
@@ -229,7 +235,8 @@ class SleepForCausalLM(
             use_cache: return a session. By default where it is of use: one was given, or no loss is asked for in
                 evaluation.
             logits_to_keep: logits of the last so many columns, or of the columns given; 0 for all. By default all,
-                but in training with labels none, since the loss needs only the supervised positions.
+                but in training with labels none, since the loss needs only the supervised positions (all, if
+                ``logits_in_training`` is set).
             n_loops: another N for this call.
             num_items_in_batch: what to divide the summed loss by (gradient accumulation).
             awake: [B, T] bool, tokens to read awake although nothing is asked of them. When given, also with none set,
@@ -237,6 +244,7 @@ class SleepForCausalLM(
                 need it.
             inputs_embeds, output_attentions, output_hidden_states: wrappers such as peft name them; they must be off,
                 since sleep replays ids, and hidden states of several passes have no place in one tuple.
+            output_router_logits: must be off: no auxiliary loss is made of them.
             position_ids, cache_position, token_type_ids: must say what is so anyway. Positions that begin at 0 again,
             seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: mark the texts that are packed into a
                 row, see `Marks`; each is read as if it were a row of its own. Not with a cache.
@@ -251,6 +259,7 @@ class SleepForCausalLM(
             inputs_embeds=inputs_embeds,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            output_router_logits=output_router_logits,
         )
         check_count(num_items_in_batch)
         boundaries = (seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
@@ -278,7 +287,7 @@ class SleepForCausalLM(
             raise ValueError(f"expected past_key_values to be a SleepCache, got {type(past_key_values).__name__}")
         if awake is None and (self.training or labels is not None or torch.is_grad_enabled()):
             refuse_unequal_ranks(self.blocks.layers)
-        if logits_to_keep is None and labels is not None and self.training:
+        if logits_to_keep is None and labels is not None and self.training and not self.logits_in_training:
             logits_to_keep = NO_COLUMNS
         settings = self.options(n_loops)
         blocks = self.host_of(settings)

@@ -1,9 +1,8 @@
-"""What transformers' callers hand down and look for: keywords, packed rows, a backbone, predictions; and TRL."""
+"""What transformers' callers hand down and look for: keywords, packed rows, a backbone, predictions."""
 
 from __future__ import annotations
 
 import copy
-import warnings
 
 import numpy as np
 import pytest
@@ -23,22 +22,6 @@ from sleepify import SleepCache, SleepConfig, SleepForCausalLM, SleepifyError
 from sleepify.training import SleepCollator, SleepTrainer, SleepTrainingArguments, rounds
 
 IGNORE = -100
-WORDS = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCAB)}
-TEMPLATE = (
-    "{% for m in messages %}{{ ' w3 ' }}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }} </s>"
-    "{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
-)
-
-
-def words() -> PreTrainedTokenizerFast:
-    """A tokenizer of the tiny models' vocabulary."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    made = Tokenizer(models.WordLevel(WORDS, unk_token="<pad>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    named = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-    named.chat_template = TEMPLATE
-    return named
 
 
 def letters() -> PreTrainedTokenizerFast:
@@ -407,81 +390,3 @@ def test_ranks_that_want_logits_call_the_same_layers(monkeypatch):
     assert len(orders) == 1
     with pytest.raises(ValueError, match="one text per row where layers are sharded.*position_ids"):
         rounds.equalise(batches[0] | {"position_ids": torch.arange(30)[None]}, 8, truncated=False)
-
-
-# --- TRL
-
-TEXTS = [{"text": " ".join(f"w{6 + (i * 7 + j) % 80}" for j in range(12 + i))} for i in range(6)]
-MESSAGES = [
-    {
-        "messages": [
-            {"role": "user", "content": " ".join(f"w{6 + (i * 7 + j) % 80}" for j in range(9 + i))},
-            {"role": "assistant", "content": f"w{20 + i} w{30 + i}"},
-        ]
-    }
-    for i in range(6)
-]
-PAIRS = [{"prompt": f"w{20 + i} w8 w9 w10 w11", "completion": f" w{30 + i} w{40 + i}"} for i in range(6)]
-PACKED = {"packing": True, "max_length": 32}
-
-
-def sft(tmp_path, rows, model=None, peft_config=None, eval_rows=None, **settings):
-    trl = pytest.importorskip("trl", reason="TRL is not among the dependencies; pip install trl")
-    from datasets import Dataset
-
-    common = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True, "max_steps": 2, "logging_steps": 1}
-    common |= {"per_device_train_batch_size": 3, "save_strategy": "no", "disable_tqdm": True, "bf16": False}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return trl.SFTTrainer(
-            model=trainable() if model is None else model,
-            args=trl.SFTConfig(**(common | settings)),
-            train_dataset=Dataset.from_list(rows),
-            eval_dataset=None if eval_rows is None else Dataset.from_list(eval_rows),
-            processing_class=words(),
-            peft_config=peft_config,
-        )
-
-
-@pytest.mark.parametrize(
-    "rows, settings",
-    [
-        (TEXTS, {}),
-        (TEXTS, PACKED),
-        (TEXTS, {"padding_free": True, "max_length": None}),
-        (TEXTS, PACKED | {"packing_strategy": "wrapped"}),
-        (TEXTS, {"gradient_checkpointing": True}),
-        (MESSAGES, {}),
-        (MESSAGES, {"assistant_only_loss": True}),
-        (MESSAGES, {"assistant_only_loss": True} | PACKED),
-        (PAIRS, {}),
-        (PAIRS, PACKED),
-    ],
-)
-def test_trls_loss_is_ours_in_every_format(tmp_path, rows, settings):
-    trainer = sft(tmp_path, rows, eval_rows=rows, **settings)
-    batch = next(iter(trainer.get_train_dataloader()))
-    ours = SleepForCausalLM.forward(trainer.model, **batch).loss
-    assert_close(trainer.compute_loss(trainer.model, dict(batch)), ours, FLOAT32)
-    trainer.train()
-    assert trainer.evaluate()["eval_loss"] > 0
-
-
-def test_trls_packing_gives_the_loss_of_rows_alone(tmp_path):
-    whole = sft(tmp_path, TEXTS, packing=True, max_length=200, per_device_train_batch_size=1)
-    apart = sft(tmp_path, TEXTS, per_device_train_batch_size=6)
-    (together,) = list(whole.get_train_dataloader())
-    (rows,) = list(apart.get_train_dataloader())
-    assert together["input_ids"].shape[0] == 1
-    loss = whole.compute_loss(whole.model, dict(together))
-    assert_close(loss, apart.compute_loss(apart.model, dict(rows)), FLOAT32)
-
-
-def test_trl_loads_by_name_and_trains_in_bfloat16(tmp_path):
-    pytest.importorskip("trl", reason="TRL is not among the dependencies; pip install trl")
-    trainable().save_pretrained(tmp_path / "model")
-    words().save_pretrained(tmp_path / "model")
-    trainer = sft(tmp_path, TEXTS, model=str(tmp_path / "model"), bf16=True)
-    assert isinstance(trainer.model, SleepForCausalLM)
-    trainer.train()
-    assert [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

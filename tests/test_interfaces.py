@@ -37,6 +37,7 @@ def letters() -> PreTrainedTokenizerFast:
 # --- keywords
 
 
+@pytest.mark.flow("keywords that mean nothing new")
 @pytest.mark.parametrize(
     "told",
     [
@@ -65,6 +66,7 @@ def test_positions_count_real_tokens_only():
     assert torch.equal(model(ids, mask, position_ids=positions).logits, model(ids, mask).logits)
 
 
+@pytest.mark.flow("keywords that mean something else")
 @pytest.mark.parametrize(
     "told, message",
     [
@@ -111,6 +113,7 @@ def test_positions_go_on_where_a_session_stopped():
     assert cache.seen == [10]
 
 
+@pytest.mark.flow("keywords that mean nothing new")
 def test_generation_takes_what_tokenizers_and_pipelines_hand_down():
     model, ids = sleeping(), tokens(2, 9)
     told = {"token_type_ids": torch.zeros_like(ids), "position_ids": torch.arange(9)[None]}
@@ -122,6 +125,7 @@ def test_generation_takes_what_tokenizers_and_pipelines_hand_down():
         model.generate(ids, **plain, token_type_ids=torch.ones_like(ids))
 
 
+@pytest.mark.flow("stop strings, `pipeline`")
 def test_generation_stops_at_strings_also_in_a_pipeline():
     tokenizer = letters()
     model = sleeping(tiny_base("qwen3", vocab_size=300))
@@ -165,6 +169,7 @@ def marks(lengths=LENGTHS):
     }
 
 
+@pytest.mark.flow("packed rows")
 @pytest.mark.parametrize("how", ["positions", "numbers", "boundaries"])
 @pytest.mark.parametrize(
     "family, keywords",
@@ -219,6 +224,7 @@ def test_packed_rows_of_several_rows_beside_padding():
     assert_close(last, expected[:, [9, 1]], EXACT)
 
 
+@pytest.mark.flow("packed rows with a session")
 def test_packed_rows_keep_no_session():
     model, (ids, _) = sleeping(), packed()
     told = marks()["positions"]
@@ -229,6 +235,7 @@ def test_packed_rows_keep_no_session():
         model(ids, **told, past_key_values=SleepCache())
 
 
+@pytest.mark.flow("packed rows")
 def test_a_flattening_collator_gives_the_loss_of_padded_rows():
     model = sleeping().train()
     rows = [{"input_ids": tokens(1, length, seed=length)[0].tolist()} for length in (9, 4, 13)]
@@ -242,6 +249,7 @@ def test_a_flattening_collator_gives_the_loss_of_padded_rows():
 # --- the backbone
 
 
+@pytest.mark.flow("`model.base_model`")
 def test_the_backbone_gives_what_the_head_reads():
     model, ids = sleeping("gemma2"), tokens(2, 12)
     mask = torch.ones_like(ids)
@@ -256,6 +264,7 @@ def test_the_backbone_gives_what_the_head_reads():
     assert_close(some, out.last_hidden_state[:, -4:], EXACT)
 
 
+@pytest.mark.flow("`model.base_model`")
 def test_the_backbone_keeps_a_session():
     model, ids, cache = sleeping(), tokens(1, 12), SleepCache()
     model.base_model(ids[:, :8], past_key_values=cache)
@@ -276,6 +285,7 @@ def test_the_backbone_is_no_part_of_the_model(tmp_path):
     assert again.supports_tp_plan == base_supports
 
 
+@pytest.mark.flow("reward models, `num_labels=1`")
 def test_what_loads_by_name_finds_a_map_and_what_scores_texts_is_refused():
     config = SleepConfig()
     assert config.auto_map == {}
@@ -284,6 +294,7 @@ def test_what_loads_by_name_finds_a_map_and_what_scores_texts_is_refused():
     assert not hasattr(config, "logit_scale")
 
 
+@pytest.mark.flow("FSDP2, ZeRO-3 with another trainer")
 @pytest.mark.parametrize("kind", ["fsdp", "zero"])
 def test_sharded_layers_are_not_called_where_ranks_might_wait_for_each_other(monkeypatch, kind):
     model, ids = trainable(), tokens(1, 20)
@@ -318,6 +329,7 @@ def trainers(tmp_path, **keywords):
     yield SleepTrainer(trainable(), SleepTrainingArguments(**common), **made)
 
 
+@pytest.mark.flow("`Trainer`: metrics, `predict`")
 def test_predictions_are_the_logits_of_all_columns_aligned_with_the_labels(tmp_path):
     rows = rows_of(12, 20, 17)
     for trainer in trainers(tmp_path):
@@ -330,6 +342,7 @@ def test_predictions_are_the_logits_of_all_columns_aligned_with_the_labels(tmp_p
             assert labels[:length].tolist() == row["labels"]
 
 
+@pytest.mark.flow("`Trainer`: metrics, `predict`")
 def test_metrics_see_what_is_made_of_the_logits_batch_by_batch(tmp_path):
     widest, seen = [], []
 

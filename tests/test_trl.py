@@ -91,6 +91,7 @@ def inner(model: Any) -> SleepForCausalLM:
 # --- SFT
 
 
+@pytest.mark.flow("SFT: every dataset format")
 @pytest.mark.parametrize("adapted", [False, True], ids=["whole", "lora"])
 @pytest.mark.parametrize(
     "rows, settings",
@@ -121,6 +122,7 @@ def test_trls_loss_is_ours_in_every_format(tmp_path, rows, settings, adapted):
     assert trainer.evaluate()["eval_loss"] > 0
 
 
+@pytest.mark.flow("SFT: packing")
 def test_trls_packing_gives_the_loss_of_rows_alone(tmp_path):
     whole = sft(tmp_path, TEXTS, packing=True, max_length=200, per_device_train_batch_size=1)
     apart = sft(tmp_path, TEXTS, per_device_train_batch_size=6)
@@ -135,6 +137,7 @@ def test_trls_packing_gives_the_loss_of_rows_alone(tmp_path):
 SCALED = ["gemma2", "falcon_h1", "granitemoehybrid", "granite", "cohere"]
 
 
+@pytest.mark.flow("SFT: bases that scale logits")
 @pytest.mark.parametrize("family", SCALED)
 def test_trl_does_to_the_logits_what_the_base_does(tmp_path, monkeypatch, family):
     monkeypatch.setitem(FAMILIES, "granite", {"embedding_multiplier": 3.0, "logits_scaling": 2.0})
@@ -149,12 +152,14 @@ def test_trl_does_to_the_logits_what_the_base_does(tmp_path, monkeypatch, family
     assert_close(trainer.compute_loss(trainer.model, dict(batch)), ours, FLOAT32)
 
 
+@pytest.mark.flow("SFT: mixture of experts")
 def test_a_routers_auxiliary_loss_is_refused_by_name(tmp_path):
     trainer = sft(tmp_path, TEXTS, model=trainable("qwen3_moe", layers=None))
     with pytest.raises(ValueError, match=r"output_router_logits.*router_aux_loss_coef=0\.0 in the trainer's arguments"):
         trainer.train()
 
 
+@pytest.mark.flow("SFT: model by name, bf16")
 def test_trl_loads_by_name_and_trains_in_bfloat16(tmp_path):
     trainable().save_pretrained(tmp_path / "model")
     words().save_pretrained(tmp_path / "model")
@@ -164,6 +169,7 @@ def test_trl_loads_by_name_and_trains_in_bfloat16(tmp_path):
     assert losses(trainer)
 
 
+@pytest.mark.flow("SFT: `compute_metrics`")
 def test_metrics_get_logits_where_trl_keeps_them(tmp_path):
     """TRL up to 1.8 has none in its chunked loss, for any model; its plain loss looks at those of training, too."""
     seen = []
@@ -180,6 +186,7 @@ def test_metrics_get_logits_where_trl_keeps_them(tmp_path):
     assert seen == [(6, 18, VOCAB)]
 
 
+@pytest.mark.flow("SFT: facts from `messages`")
 def test_facts_are_learned_by_the_lines_of_trls_readme(tmp_path):
     """Rows of messages longer than a window, `peft_config=lora_config(model)`; saved, loaded onto a base, asked."""
     import trl_sft  # needs TRL as it is imported
@@ -201,6 +208,7 @@ def logp(model: Any, prompt: list[int], completion: list[int]) -> torch.Tensor:
     return scores.gather(1, ids[0, len(prompt) :, None]).sum()
 
 
+@pytest.mark.flow("DPO")
 @pytest.mark.parametrize("reference", ["given", "adapter off", "by name"])
 def test_dpo_compares_what_the_model_says(tmp_path, reference):
     model, settings = trainable(), {}
@@ -224,6 +232,7 @@ def test_dpo_compares_what_the_model_says(tmp_path, reference):
     assert last < 0.68 < first
 
 
+@pytest.mark.flow("KTO")
 def test_kto_trains(tmp_path):
     model = trainable()
     trainer = make("KTO", tmp_path, JUDGED, model, ref_model=copy.deepcopy(model))
@@ -237,7 +246,7 @@ def first_word(completions: list[str], **_: Any) -> list[float]:
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["whole", "lora"])
-@pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.flow(kind)) for kind in ("GRPO", "RLOO")])
 def test_completions_are_generated_and_scored_as_the_model_scores_them(tmp_path, kind, adapted):
     model = trainable()
     before = {name: value.clone() for name, value in model.named_parameters()}
@@ -266,6 +275,7 @@ def test_completions_are_generated_and_scored_as_the_model_scores_them(tmp_path,
     assert any(not value.equal(before[name]) for name, value in merged.named_parameters() if name in before)
 
 
+@pytest.mark.flow("reward modelling")
 def test_reward_models_are_refused_by_name(tmp_path):
     trainable().save_pretrained(tmp_path / "model")
     words().save_pretrained(tmp_path / "model")

@@ -208,3 +208,20 @@ def test_push_to_hub_takes_what_transformers_takes(both, tmp_path, monkeypatch):
     assert torch.equal(
         SleepForCausalLM.from_pretrained(tmp_path / "out")(tokens(1, 9)).logits, model(tokens(1, 9)).logits
     )
+
+
+HOLDER = """
+import sys, types
+import transformers
+held = types.ModuleType("transformers")
+sys.modules["holder"] = types.ModuleType("holder")
+sys.modules["holder"].transformers = held
+import sleepify
+assert held.SleepForCausalLM is transformers.SleepForCausalLM is sleepify.SleepForCausalLM
+"""
+
+
+def test_whoever_holds_an_earlier_copy_of_transformers_finds_the_architecture(tmp_path):
+    """transformers' server does: loading a configuration that is not its own imports transformers a second time."""
+    done = run(HOLDER, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr

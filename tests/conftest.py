@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import flows
 import pytest
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from benchmarks import flows
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -15,7 +16,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "flow(name): a row of docs/compatibility.md; see tests/flows.py")
+    config.addinivalue_line("markers", "flow(name): a row of docs/compatibility.md; see benchmarks/flows.py")
     if (path := config.getoption("--flows")) is not None:
         config.pluginmanager.register(flows.Recorder(path.absolute()))
 

@@ -26,8 +26,9 @@ ORDER = ("newest", "oldest")
 HEAD = """# Compatibility
 
 Every row is a way in that users take, walked by tests of the suite with tiny models on a CPU. "works" means that they
-passed with these versions; "refused" that the test saw the message, which says what to do; "-" is not tried, since the
-package is not there or the run was not made. `python -m benchmarks.compatibility NAME` runs the tests and makes the page.
+passed with these versions; "refused" that the test saw the message, which says what to do; "-" is not tried: the
+package is not there, or the run was not made. `python -m benchmarks.compatibility NAME` runs the tests and makes the
+page.
 """
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any, ClassVar
 
@@ -10,7 +10,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from sleepify.keywords import refuse
+from sleepify.keywords import refuse, refuse_unequal_ranks
 from sleepify.packing import Marks
 from sleepify.reading import Reading
 
@@ -25,18 +25,25 @@ class Backbone(nn.Module):
         parts: the model's modules by name.
         config: the model's.
         read: reads a batch awake and asleep, as the model does.
+        layers: the base's, as they are now.
     """
 
     # transformers asks a base model for them; layers are not to be spread over devices one by one.
     _tp_plan: ClassVar[dict[str, Any]] = {}
     _pp_plan: ClassVar[dict[str, Any]] = {}
 
-    def __init__(self, parts: dict[str, nn.Module], config: Any, read: Callable[..., Reading]) -> None:
+    def __init__(
+        self,
+        parts: dict[str, nn.Module],
+        config: Any,
+        read: Callable[..., Reading],
+        layers: Callable[[], Iterable[nn.Module]],
+    ) -> None:
         super().__init__()
         for name, part in parts.items():
             self.add_module(name, part)
             self.training = part.training
-        self.config, self._read = config, read
+        self.config, self._read, self._layers = config, read, layers
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -62,6 +69,8 @@ class Backbone(nn.Module):
         Raises:
             TypeError: for a keyword that the model does not take.
             ValueError: as ``SleepForCausalLM.forward``.
+            SleepifyError: for sharded layers, also without gradient: who applies the head himself has each process
+                read a batch of its own.
         """
         refuse(
             inputs_embeds=inputs_embeds,
@@ -69,6 +78,8 @@ class Backbone(nn.Module):
             output_hidden_states=output_hidden_states,
             output_router_logits=output_router_logits,
         )
+        if kwargs.get("awake") is None:
+            refuse_unequal_ranks(self._layers())
         marks = Marks(**{field.name: kwargs.pop(field.name, None) for field in fields(Marks)})
         reading = self._read(*args, **kwargs, marks=marks)
         hidden = reading.last_hidden_state()

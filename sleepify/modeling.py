@@ -132,7 +132,7 @@ class SleepForCausalLM(
     def base_model(self) -> Backbone:
         """The model without its head, for trainers that apply the head themselves."""
         parts = {"language_model": self.language_model, "fast_weights": self.fast_weights}
-        return Backbone(parts, self.config, self._read)
+        return Backbone(parts, self.config, self._read, lambda: self.blocks.layers)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()

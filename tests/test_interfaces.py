@@ -312,6 +312,9 @@ def test_sharded_layers_are_not_called_where_ranks_might_wait_for_each_other(mon
     model(ids, labels=ids, awake=torch.zeros_like(ids, dtype=torch.bool))
     with torch.no_grad():
         model(ids)
+        # By which other trainers evaluate.
+        with pytest.raises(SleepifyError, match="SleepTrainer"):
+            model.base_model(ids)
 
 
 # --- logits in evaluation

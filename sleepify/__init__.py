@@ -7,6 +7,7 @@ Importing this package makes transformers' Auto classes know sleeping models, Je
 """
 
 import sys
+from types import ModuleType
 
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -32,9 +33,11 @@ from sleepify.version import __version__
 AutoConfig.register("sleepify", SleepConfig, exist_ok=True)
 AutoModelForCausalLM.register(SleepConfig, SleepForCausalLM, exist_ok=True)
 # `transformers serve` and `chat` look a checkpoint's architecture up by its name. transformers imports itself a second
-# time while it loads, so that there may be two of it.
-for _module in (transformers, sys.modules["transformers"]):
-    _module.SleepForCausalLM = SleepForCausalLM  # type: ignore[attr-defined]
+# time while it loads, so that there may be two of it, and who holds the first no longer finds it in `sys.modules`.
+_held = (getattr(module, "__dict__", {}).get("transformers") for module in list(sys.modules.values()))
+for _module in (transformers, sys.modules["transformers"], *_held):
+    if isinstance(_module, ModuleType) and _module.__name__ == "transformers":
+        _module.SleepForCausalLM = SleepForCausalLM  # type: ignore[attr-defined]
 register_with_peft()
 
 __all__ = [

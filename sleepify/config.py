@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
@@ -10,7 +11,6 @@ from transformers import AutoConfig, PreTrainedConfig
 from sleepify.loader import AUTO_MAP
 from sleepify.settings import Settings
 
-_OF_LOGITS = ("logit_scale", "final_logit_softcapping")
 RULES = ("gdn", "jet", "mamba2")
 
 
@@ -115,9 +115,14 @@ class SleepConfig(Settings, PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __getattr__(self, name: str) -> Any:
-        """What the base does to its logits, for trainers that do it themselves and look for it here."""
-        if name in _OF_LOGITS:
+        """What the base does to its logits, for trainers that do it themselves and look for it here.
+
+        They know a factor by one name; families have several.
+        """
+        if name == "final_logit_softcapping":
             return getattr(self.text_config, name)
+        if name == "logit_scale" and (scale := _logit_scale(self.text_config)) is not None:
+            return scale
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
@@ -167,6 +172,14 @@ class SleepConfig(Settings, PreTrainedConfig):
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type = "AutoConfig") -> None:
         """What transformers calls for a class from a checkpoint's file; of this one it shall copy nothing."""
+
+
+def _logit_scale(base: Any) -> float | None:
+    """What a base's logits are multiplied by in all; None if it names nothing of the kind."""
+    factors = [getattr(base, name, None) for name in ("logit_scale", "lm_head_multiplier")]
+    divisor = getattr(base, "logits_scaling", None)
+    known = [factor for factor in (*factors, None if divisor is None else 1 / divisor) if factor is not None]
+    return math.prod(known) if known else None
 
 
 def _nested(values: dict[str, Any]) -> PreTrainedConfig:

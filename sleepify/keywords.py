@@ -20,7 +20,13 @@ def refuse(**switches: Any) -> None:
     Raises:
         ValueError: if not.
     """
-    if asked := [name for name, value in switches.items() if value is not None and value is not False]:
+    asked = [name for name, value in switches.items() if value is not None and value is not False]
+    if "output_router_logits" in asked:
+        raise ValueError(
+            "expected output_router_logits to be off, got it on: the auxiliary loss of a router is not computed; set "
+            "router_aux_loss_coef=0.0 in the trainer's arguments, or in config.text_config"
+        )
+    if asked:
         raise ValueError(f"expected {', '.join(asked)} to be off, got it on: sleep replays the ids of a window")
 
 

@@ -158,7 +158,7 @@ def check(name: str | os.PathLike, hub: dict[str, Any] | None = None, *, digests
                 f"got {digest[:12]}...: it was altered, is damaged, or of another save; {mend} "
                 "(verify=False loads it as it is)"
             )
-    return SleepConfig.from_dict(deepcopy(manifest["config"]))
+    return _from_json(manifest["config"])
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -220,9 +220,14 @@ def _compare_settings(name: str | os.PathLike, hub: dict[str, Any], saved: dict[
         )
 
 
+def _from_json(config: dict[str, Any]) -> SleepConfig:
+    """A configuration out of its JSON, in which transformers writes infinity (a limit of some bases) as a dict."""
+    return SleepConfig.from_dict(SleepConfig._decode_special_floats(deepcopy(config)))
+
+
 def _trained_with(config: dict[str, Any]) -> dict[str, Any]:
     """As this version reads them, so that a default that it writes out is no change."""
-    read = SleepConfig.from_dict(deepcopy(config)).to_dict()
+    read = _from_json(config).to_dict()
     kept = {key: read.get(key) for key in _TRAINED_WITH} | {"model_type": config.get("model_type")}
     kept["text_config"] = {key: value for key, value in (kept["text_config"] or {}).items() if key not in _INCIDENTAL}
     # Through JSON, where tuples are lists.

@@ -49,6 +49,10 @@ class SleepForCausalLM(
     Args:
         config: how it sleeps, with the base's configuration inside.
         language_model: the base; built from ``config.text_config`` if not given.
+
+    Attributes:
+        logits_in_training: whether a call in training with labels gives logits too, as transformers' other models do;
+            for trainers that look at them. Off, since they may be as large as all the rest of a step.
     """
 
     config_class = SleepConfig
@@ -89,6 +93,7 @@ class SleepForCausalLM(
         self.watch: algorithm.Watch | None = None
         self.branch: algorithm.Branch | None = None
         self.objective: Objective = cross_entropy
+        self.logits_in_training = False
         # What a saved session must agree with, wherever and in whatever precision the model was loaded.
         base = {name: value for name, value in config.text_config.to_dict().items() if name not in _INCIDENTAL}
         described = [base, config.fast_weights.to_dict(), config.base_fingerprint]
@@ -128,7 +133,7 @@ class SleepForCausalLM(
     def base_model(self) -> Backbone:
         """The model without its head, for trainers that apply the head themselves."""
         parts = {"language_model": self.language_model, "fast_weights": self.fast_weights}
-        return Backbone(parts, self.config, self._read)
+        return Backbone(parts, self.config, self._read, lambda: self.blocks.layers)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -213,6 +218,7 @@ class SleepForCausalLM(
         inputs_embeds: None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
         position_ids: Tensor | None = None,
         cache_position: Tensor | None = None,
         token_type_ids: Tensor | None = None,
@@ -234,7 +240,8 @@ class SleepForCausalLM(
             use_cache: return a session. By default where it is of use: one was given, or no loss is asked for in
                 evaluation.
             logits_to_keep: logits of the last so many columns, or of the columns given; 0 for all. By default all,
-                but in training with labels none, since the loss needs only the supervised positions.
+                but in training with labels none, since the loss needs only the supervised positions (all, if
+                ``logits_in_training`` is set).
             n_loops: another N for this call; "auto" for as many passes as each row's state needs to settle, at most the
                 model's N (``config.auto_threshold``; not in training).
             num_items_in_batch: what to divide the summed loss by (gradient accumulation).
@@ -247,6 +254,7 @@ class SleepForCausalLM(
             loss_pieces: with ``awake``, how often the head is called for the loss, the same on all ranks.
             inputs_embeds, output_attentions, output_hidden_states: wrappers such as peft name them; they must be off,
                 since sleep replays ids, and hidden states of several passes have no place in one tuple.
+            output_router_logits: must be off: no auxiliary loss is made of them.
             position_ids, cache_position, token_type_ids: must say what is so anyway. Positions that begin at 0 again,
             seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: mark the texts that are packed into a
                 row, see `Marks`; each is read as if it were a row of its own. Not with a cache.
@@ -261,6 +269,7 @@ class SleepForCausalLM(
             inputs_embeds=inputs_embeds,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            output_router_logits=output_router_logits,
         )
         check_count(num_items_in_batch)
         boundaries = (seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
@@ -298,7 +307,7 @@ class SleepForCausalLM(
             raise ValueError(f"expected past_key_values to be a SleepCache, got {type(past_key_values).__name__}")
         if awake is None and (self.training or labels is not None or torch.is_grad_enabled()):
             refuse_unequal_ranks(self.blocks.layers)
-        if logits_to_keep is None and labels is not None and self.training:
+        if logits_to_keep is None and labels is not None and self.training and not self.logits_in_training:
             logits_to_keep = NO_COLUMNS
         settings = self.options(n_loops)
         if awake is not None and isinstance(settings, Adaptive):

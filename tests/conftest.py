@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from benchmarks import flows
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--flows", type=Path, help="write how the flows of docs/compatibility.md came out to this file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "flow(name): a row of docs/compatibility.md; see benchmarks/flows.py")
+    if (path := config.getoption("--flows")) is not None:
+        config.pluginmanager.register(flows.Recorder(path.absolute()))
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,7 @@ def logits(model):
         return model(tokens(1, 12)).logits
 
 
-@pytest.mark.parametrize("family", ["qwen3", "jet_nemotron", "ouro", "zamba2", "gemma3_text"])
+@pytest.mark.parametrize("family", ["qwen3", "jet_nemotron", "ouro", "zamba2", "nemotron_h", "gemma3_text"])
 def test_a_whole_checkpoint_loads_through_the_auto_classes(tmp_path, family):
     model = sleepify(tiny_base(family, dtype=torch.float32), n_loops=2, window_size=5, eviction="sliding")
     randomise(model.fast_weights)

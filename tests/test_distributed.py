@@ -129,6 +129,7 @@ def assert_same(result, expected, mode, name):
     assert result.get("resumed", result["losses"]) == result["losses"], what
 
 
+@pytest.mark.flow("`SleepTrainer`: DDP, FSDP2, ZeRO")
 @pytest.mark.parametrize("mode", PLAN)
 def test_two_processes_give_the_losses_of_one_and_resume(one, two, mode):
     for name in PLAN[mode]:

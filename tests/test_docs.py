@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,9 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 # The names that snippets give to models of others; tiny ones take their place.
 BIG = ("Qwen/Qwen3-1.7B",)
 # A line before a block that must not run, with the reason: <!-- not run: it needs a GPU -->
-BLOCK = re.compile(r"(?:^<!-- not run: (?P<reason>[^\n]+) -->\n+)?^```python[^\n]*\n(?P<code>.*?)^```", re.M | re.S)
+# Before one that runs where a package is installed, which is no dependency: <!-- needs trl -->
+REMARK = r"(?:^<!-- (?:not run: (?P<reason>[^\n]+)|needs (?P<package>\w+)) -->\n+)?"
+BLOCK = re.compile(REMARK + r"^```python[^\n]*\n(?P<code>.*?)^```", re.M | re.S)
 
 
 def with_python() -> list[Path]:
@@ -64,7 +67,7 @@ def test_python_blocks_run_from_first_to_last(document: Path, small_models: None
     assert len(blocks) == text.count("```python"), "a block that is not found is not run"
     names: dict = {"__name__": "snippet"}
     for block in blocks:
-        if block["reason"] is None:
+        if block["reason"] is None and (block["package"] is None or find_spec(block["package"])):
             # The empty lines make an error's line number that of the document.
             lines = "\n" * text[: block.start("code")].count("\n")
             exec(compile(lines + block["code"], str(document), "exec"), names)

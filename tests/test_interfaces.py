@@ -1,9 +1,8 @@
-"""What transformers' callers hand down and look for: keywords, packed rows, a backbone, predictions; and TRL."""
+"""What transformers' callers hand down and look for: keywords, packed rows, a backbone, predictions."""
 
 from __future__ import annotations
 
 import copy
-import warnings
 
 import numpy as np
 import pytest
@@ -23,22 +22,6 @@ from sleepify import SleepCache, SleepConfig, SleepForCausalLM, SleepifyError
 from sleepify.training import SleepCollator, SleepTrainer, SleepTrainingArguments, rounds
 
 IGNORE = -100
-WORDS = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCAB)}
-TEMPLATE = (
-    "{% for m in messages %}{{ ' w3 ' }}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }} </s>"
-    "{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
-)
-
-
-def words() -> PreTrainedTokenizerFast:
-    """A tokenizer of the tiny models' vocabulary."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    made = Tokenizer(models.WordLevel(WORDS, unk_token="<pad>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    named = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-    named.chat_template = TEMPLATE
-    return named
 
 
 def letters() -> PreTrainedTokenizerFast:
@@ -54,6 +37,7 @@ def letters() -> PreTrainedTokenizerFast:
 # --- keywords
 
 
+@pytest.mark.flow("keywords that mean nothing new")
 @pytest.mark.parametrize(
     "told",
     [
@@ -82,6 +66,7 @@ def test_positions_count_real_tokens_only():
     assert torch.equal(model(ids, mask, position_ids=positions).logits, model(ids, mask).logits)
 
 
+@pytest.mark.flow("keywords that mean something else")
 @pytest.mark.parametrize(
     "told, message",
     [
@@ -128,6 +113,7 @@ def test_positions_go_on_where_a_session_stopped():
     assert cache.seen == [10]
 
 
+@pytest.mark.flow("keywords that mean nothing new")
 def test_generation_takes_what_tokenizers_and_pipelines_hand_down():
     model, ids = sleeping(), tokens(2, 9)
     told = {"token_type_ids": torch.zeros_like(ids), "position_ids": torch.arange(9)[None]}
@@ -139,6 +125,7 @@ def test_generation_takes_what_tokenizers_and_pipelines_hand_down():
         model.generate(ids, **plain, token_type_ids=torch.ones_like(ids))
 
 
+@pytest.mark.flow("stop strings, `pipeline`")
 def test_generation_stops_at_strings_also_in_a_pipeline():
     tokenizer = letters()
     model = sleeping(tiny_base("qwen3", vocab_size=300))
@@ -182,6 +169,7 @@ def marks(lengths=LENGTHS):
     }
 
 
+@pytest.mark.flow("packed rows")
 @pytest.mark.parametrize("how", ["positions", "numbers", "boundaries"])
 @pytest.mark.parametrize(
     "family, keywords",
@@ -236,6 +224,7 @@ def test_packed_rows_of_several_rows_beside_padding():
     assert_close(last, expected[:, [9, 1]], EXACT)
 
 
+@pytest.mark.flow("packed rows with a session")
 def test_packed_rows_keep_no_session():
     model, (ids, _) = sleeping(), packed()
     told = marks()["positions"]
@@ -246,6 +235,7 @@ def test_packed_rows_keep_no_session():
         model(ids, **told, past_key_values=SleepCache())
 
 
+@pytest.mark.flow("packed rows")
 def test_a_flattening_collator_gives_the_loss_of_padded_rows():
     model = sleeping().train()
     rows = [{"input_ids": tokens(1, length, seed=length)[0].tolist()} for length in (9, 4, 13)]
@@ -259,6 +249,7 @@ def test_a_flattening_collator_gives_the_loss_of_padded_rows():
 # --- the backbone
 
 
+@pytest.mark.flow("`model.base_model`")
 def test_the_backbone_gives_what_the_head_reads():
     model, ids = sleeping("gemma2"), tokens(2, 12)
     mask = torch.ones_like(ids)
@@ -273,6 +264,7 @@ def test_the_backbone_gives_what_the_head_reads():
     assert_close(some, out.last_hidden_state[:, -4:], EXACT)
 
 
+@pytest.mark.flow("`model.base_model`")
 def test_the_backbone_keeps_a_session():
     model, ids, cache = sleeping(), tokens(1, 12), SleepCache()
     model.base_model(ids[:, :8], past_key_values=cache)
@@ -293,6 +285,7 @@ def test_the_backbone_is_no_part_of_the_model(tmp_path):
     assert again.supports_tp_plan == base_supports
 
 
+@pytest.mark.flow("reward models, `num_labels=1`")
 def test_what_loads_by_name_finds_a_map_and_what_scores_texts_is_refused():
     config = SleepConfig()
     assert config.auto_map == {}
@@ -301,6 +294,7 @@ def test_what_loads_by_name_finds_a_map_and_what_scores_texts_is_refused():
     assert not hasattr(config, "logit_scale")
 
 
+@pytest.mark.flow("FSDP2, ZeRO-3 with another trainer")
 @pytest.mark.parametrize("kind", ["fsdp", "zero"])
 def test_sharded_layers_are_not_called_where_ranks_might_wait_for_each_other(monkeypatch, kind):
     model, ids = trainable(), tokens(1, 20)
@@ -318,6 +312,9 @@ def test_sharded_layers_are_not_called_where_ranks_might_wait_for_each_other(mon
     model(ids, labels=ids, awake=torch.zeros_like(ids, dtype=torch.bool))
     with torch.no_grad():
         model(ids)
+        # By which other trainers evaluate.
+        with pytest.raises(SleepifyError, match="SleepTrainer"):
+            model.base_model(ids)
 
 
 # --- logits in evaluation
@@ -335,6 +332,7 @@ def trainers(tmp_path, **keywords):
     yield SleepTrainer(trainable(), SleepTrainingArguments(**common), **made)
 
 
+@pytest.mark.flow("`Trainer`: metrics, `predict`")
 def test_predictions_are_the_logits_of_all_columns_aligned_with_the_labels(tmp_path):
     rows = rows_of(12, 20, 17)
     for trainer in trainers(tmp_path):
@@ -347,6 +345,7 @@ def test_predictions_are_the_logits_of_all_columns_aligned_with_the_labels(tmp_p
             assert labels[:length].tolist() == row["labels"]
 
 
+@pytest.mark.flow("`Trainer`: metrics, `predict`")
 def test_metrics_see_what_is_made_of_the_logits_batch_by_batch(tmp_path):
     widest, seen = [], []
 
@@ -409,81 +408,3 @@ def test_ranks_that_want_logits_call_the_same_layers(monkeypatch):
     assert len(orders) == 1
     with pytest.raises(ValueError, match="one text per row where layers are sharded.*position_ids"):
         rounds.equalise(batches[0] | {"position_ids": torch.arange(30)[None]}, 8, truncated=False)
-
-
-# --- TRL
-
-TEXTS = [{"text": " ".join(f"w{6 + (i * 7 + j) % 80}" for j in range(12 + i))} for i in range(6)]
-MESSAGES = [
-    {
-        "messages": [
-            {"role": "user", "content": " ".join(f"w{6 + (i * 7 + j) % 80}" for j in range(9 + i))},
-            {"role": "assistant", "content": f"w{20 + i} w{30 + i}"},
-        ]
-    }
-    for i in range(6)
-]
-PAIRS = [{"prompt": f"w{20 + i} w8 w9 w10 w11", "completion": f" w{30 + i} w{40 + i}"} for i in range(6)]
-PACKED = {"packing": True, "max_length": 32}
-
-
-def sft(tmp_path, rows, model=None, peft_config=None, eval_rows=None, **settings):
-    trl = pytest.importorskip("trl", reason="TRL is not among the dependencies; pip install trl")
-    from datasets import Dataset
-
-    common = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True, "max_steps": 2, "logging_steps": 1}
-    common |= {"per_device_train_batch_size": 3, "save_strategy": "no", "disable_tqdm": True, "bf16": False}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return trl.SFTTrainer(
-            model=trainable() if model is None else model,
-            args=trl.SFTConfig(**(common | settings)),
-            train_dataset=Dataset.from_list(rows),
-            eval_dataset=None if eval_rows is None else Dataset.from_list(eval_rows),
-            processing_class=words(),
-            peft_config=peft_config,
-        )
-
-
-@pytest.mark.parametrize(
-    "rows, settings",
-    [
-        (TEXTS, {}),
-        (TEXTS, PACKED),
-        (TEXTS, {"padding_free": True, "max_length": None}),
-        (TEXTS, PACKED | {"packing_strategy": "wrapped"}),
-        (TEXTS, {"gradient_checkpointing": True}),
-        (MESSAGES, {}),
-        (MESSAGES, {"assistant_only_loss": True}),
-        (MESSAGES, {"assistant_only_loss": True} | PACKED),
-        (PAIRS, {}),
-        (PAIRS, PACKED),
-    ],
-)
-def test_trls_loss_is_ours_in_every_format(tmp_path, rows, settings):
-    trainer = sft(tmp_path, rows, eval_rows=rows, **settings)
-    batch = next(iter(trainer.get_train_dataloader()))
-    ours = SleepForCausalLM.forward(trainer.model, **batch).loss
-    assert_close(trainer.compute_loss(trainer.model, dict(batch)), ours, FLOAT32)
-    trainer.train()
-    assert trainer.evaluate()["eval_loss"] > 0
-
-
-def test_trls_packing_gives_the_loss_of_rows_alone(tmp_path):
-    whole = sft(tmp_path, TEXTS, packing=True, max_length=200, per_device_train_batch_size=1)
-    apart = sft(tmp_path, TEXTS, per_device_train_batch_size=6)
-    (together,) = list(whole.get_train_dataloader())
-    (rows,) = list(apart.get_train_dataloader())
-    assert together["input_ids"].shape[0] == 1
-    loss = whole.compute_loss(whole.model, dict(together))
-    assert_close(loss, apart.compute_loss(apart.model, dict(rows)), FLOAT32)
-
-
-def test_trl_loads_by_name_and_trains_in_bfloat16(tmp_path):
-    pytest.importorskip("trl", reason="TRL is not among the dependencies; pip install trl")
-    trainable().save_pretrained(tmp_path / "model")
-    words().save_pretrained(tmp_path / "model")
-    trainer = sft(tmp_path, TEXTS, model=str(tmp_path / "model"), bf16=True)
-    assert isinstance(trainer.model, SleepForCausalLM)
-    trainer.train()
-    assert [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

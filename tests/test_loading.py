@@ -65,6 +65,7 @@ def both(tmp_path):
 # --- without ceremony
 
 
+@pytest.mark.flow("`trust_remote_code`")
 def test_a_tool_that_may_trust_loads_it_without_importing_sleepify(both, tmp_path):
     model, paths = both
     with torch.no_grad():
@@ -81,6 +82,7 @@ def test_a_tool_that_may_trust_loads_it_without_importing_sleepify(both, tmp_pat
         }
 
 
+@pytest.mark.flow("without sleepify installed")
 def test_where_sleepify_is_missing_the_error_names_it(both, tmp_path):
     _, (whole, small) = both
     for path in (whole, small):
@@ -91,6 +93,7 @@ def test_where_sleepify_is_missing_the_error_names_it(both, tmp_path):
         assert done.returncode != 0 and "ValueError" in done.stderr, done.stderr
 
 
+@pytest.mark.flow("`import sleepify`, Auto classes")
 def test_with_sleepify_nobody_has_to_be_trusted_and_nothing_is_copied(both, tmp_path, monkeypatch):
     model, (whole, small) = both
     for keywords in ({}, TRUST):
@@ -205,3 +208,20 @@ def test_push_to_hub_takes_what_transformers_takes(both, tmp_path, monkeypatch):
     assert torch.equal(
         SleepForCausalLM.from_pretrained(tmp_path / "out")(tokens(1, 9)).logits, model(tokens(1, 9)).logits
     )
+
+
+HOLDER = """
+import sys, types
+import transformers
+held = types.ModuleType("transformers")
+sys.modules["holder"] = types.ModuleType("holder")
+sys.modules["holder"].transformers = held
+import sleepify
+assert held.SleepForCausalLM is transformers.SleepForCausalLM is sleepify.SleepForCausalLM
+"""
+
+
+def test_whoever_holds_an_earlier_copy_of_transformers_finds_the_architecture(tmp_path):
+    """transformers' server does: loading a configuration that is not its own imports transformers a second time."""
+    done = run(HOLDER, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr

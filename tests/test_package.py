@@ -77,7 +77,7 @@ EDGES: dict[str, set[str]] = {
     "retrofit": {"config", "defaults", "fingerprint", "hosts", "modeling", "settings"},
     "training": {
         *("config", "defaults", "errors", "fast_weights", "files", "hosts", "loss", "manifest", "memory", "modeling"),
-        *("packing", "recompute", "retrofit", "rows", "schedule", "settings", "sleep", "snapshot", "tasks"),
+        *("packing", "peft", "recompute", "retrofit", "rows", "schedule", "settings", "sleep", "snapshot", "tasks"),
     },
     "peft": {"errors"},
     "serving": {"cache", "errors", "files", "generation", "memory", "modeling"},

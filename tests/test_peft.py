@@ -57,6 +57,7 @@ def everywhere() -> peft.LoraConfig:
 # --- what is trained
 
 
+@pytest.mark.flow("`lora_config(model)`")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lora_config_adapts_the_base_and_trains_what_was_inserted(family):
     inserted = None if family in ("ouro", "qwen3") else FastWeightConfig(layers=[1])
@@ -94,6 +95,7 @@ def test_all_linear_layers_of_the_base_are_targets_unless_said_otherwise():
         lora_config(tiny_base("qwen3"))
 
 
+@pytest.mark.flow("bare `LoraConfig`")
 @pytest.mark.parametrize("way", ["get_peft_model", "add_adapter", "second"])
 def test_a_configuration_without_targets_trains_base_and_inserted_layers(way):
     assert "sleepify" in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -112,6 +114,7 @@ def test_a_configuration_without_targets_trains_base_and_inserted_layers(way):
     assert not any("fast_weights" in each and "lora_" in each for each in names)
 
 
+@pytest.mark.flow("targets without the inserted layers")
 def test_targets_that_leave_sleep_out_are_warned_of():
     def said(config, model=None):
         with warnings.catch_warnings(record=True) as caught:
@@ -131,6 +134,7 @@ def test_targets_that_leave_sleep_out_are_warned_of():
 # --- what an adapter holds
 
 
+@pytest.mark.flow("saved, loaded onto a fresh base", "an adapter without inserted weights")
 @pytest.mark.parametrize("way", ["get_peft_model", "add_adapter"])
 @pytest.mark.parametrize("make", [lora_config, lambda _: bare(), lambda _: everywhere()], ids=["ours", "bare", "all"])
 def test_an_adapter_of_a_model_made_in_memory_can_be_loaded(tmp_path, make, way):
@@ -162,6 +166,7 @@ def test_an_adapter_of_a_model_made_in_memory_can_be_loaded(tmp_path, make, way)
             load()
 
 
+@pytest.mark.flow("`add_adapter`, `save_pretrained`")
 def test_a_save_of_an_adapter_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     model = fresh()
     model.add_adapter(lora_config(model))
@@ -182,6 +187,7 @@ def test_a_save_of_an_adapter_that_fails_leaves_what_was_there(tmp_path, monkeyp
         model.save_pretrained(tmp_path / "kept", fast_weights_only=True)
 
 
+@pytest.mark.flow("`AutoPeftModelForCausalLM`")
 def test_an_adapter_of_a_checkpoint_finds_it(tmp_path):
     sleeping(dtype=torch.float32).save_pretrained(tmp_path / "whole")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
@@ -200,7 +206,13 @@ def test_an_adapter_of_a_checkpoint_finds_it(tmp_path):
 # --- adapters at work
 
 
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize(
+    "dora",
+    [
+        pytest.param(False, id="lora", marks=pytest.mark.flow("LoRA, `merge_and_unload`")),
+        pytest.param(True, id="dora", marks=pytest.mark.flow("DoRA, `merge_and_unload`")),
+    ],
+)
 @pytest.mark.parametrize("family", ["qwen3", "nemotron_h", "zamba2"])
 def test_merged_it_says_the_same(tmp_path, family, dora):
     model = fresh(family, torch.float64, fast_weights=FastWeightConfig(layers=[1]))
@@ -245,6 +257,7 @@ def test_norms_heads_and_layers_may_be_trained_whole(tmp_path):
     assert torch.equal(logits(peft.PeftModel.from_pretrained(fresh(), tmp_path)), logits(tuned))
 
 
+@pytest.mark.flow("several adapters")
 def test_adapters_take_turns():
     model = fresh()
     tuned = peft.get_peft_model(model, lora_config(model, r=2))
@@ -280,7 +293,14 @@ def test_a_quantized_head_gets_hidden_states_as_they_are():
     assert model(input_ids=ids, labels=ids).loss.isfinite()
 
 
-@pytest.mark.parametrize("bits", ["8 bits", "4 bits", "torchao"])
+@pytest.mark.parametrize(
+    "bits",
+    [
+        pytest.param("8 bits", marks=pytest.mark.flow("bitsandbytes, 8 bits")),
+        pytest.param("4 bits", marks=pytest.mark.flow("bitsandbytes, 4 bits")),
+        pytest.param("torchao", marks=pytest.mark.flow("torchao, int8")),
+    ],
+)
 def test_a_quantized_base_learns_by_adapters(tmp_path, bits):
     """As far as a CPU can show it: loaded, checked, trained, saved, loaded again."""
     if bits == "torchao":

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ByT5To
 
 from sleepify.config import SleepConfig
 from sleepify.defaults import resolve
+from sleepify.peft import lora_config
 from sleepify.retrofit import sleepify
 from sleepify.tasks.gsm_infinite import PETS, THEMES, WordTokenizer
 from sleepify.training.settings import json_object
@@ -112,17 +113,14 @@ def add_lora(model: PreTrainedModel, arguments: ModelArguments) -> Any:
     """LoRA on the base, frozen; inserted layers are trained whole and saved beside the adapters."""
     import peft
 
-    inserted = [f"fast_weights.{place}" for place in range(len(getattr(model, "fast_weights", [])))]
-    config = peft.LoraConfig(
-        r=arguments.lora_r,
-        lora_alpha=arguments.lora_alpha,  # type: ignore[arg-type]  # only divided by r
-        lora_dropout=arguments.lora_dropout,
-        target_modules=arguments.lora_targets or "all-linear",
-        exclude_modules=r"fast_weights\..*",
-        modules_to_save=inserted or None,
-    )
+    chosen: dict[str, Any] = {"lora_alpha": arguments.lora_alpha, "lora_dropout": arguments.lora_dropout}
+    if arguments.lora_targets:
+        chosen["target_modules"] = arguments.lora_targets
+    if not isinstance(model.config, SleepConfig):
+        chosen.setdefault("target_modules", "all-linear")
+        return peft.get_peft_model(model, peft.LoraConfig(r=arguments.lora_r, **chosen))
     # Without a task type peft hands all arguments through, n_loops among them.
-    return peft.get_peft_model(model, config)
+    return peft.get_peft_model(model, lora_config(model, arguments.lora_r, task_type=None, **chosen))
 
 
 def load_tokenizer(arguments: ModelArguments) -> Any:

@@ -1,0 +1,283 @@
+"""TRL's trainers on models that sleep: each gives what the model itself gives, or refuses by name.
+
+They run where TRL is installed, in every version of it that docs/compatibility.md names.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from families import FAMILIES, VOCAB, tokens
+from small import trainable
+from tolerances import FLOAT32, assert_close
+from worded import words
+
+from sleepify import SleepForCausalLM, lora_config
+
+trl = pytest.importorskip("trl", reason="TRL is not installed")
+
+IGNORE = -100
+TEXTS = [{"text": " ".join(f"w{6 + (i * 7 + j) % 80}" for j in range(12 + i))} for i in range(6)]
+MESSAGES = [
+    {
+        "messages": [
+            {"role": "user", "content": " ".join(f"w{6 + (i * 7 + j) % 80}" for j in range(9 + i))},
+            {"role": "assistant", "content": f"w{20 + i} w{30 + i}"},
+        ]
+    }
+    for i in range(6)
+]
+PAIRS = [{"prompt": f"w{20 + i} w8 w9 w10 w11", "completion": f" w{30 + i} w{40 + i}"} for i in range(6)]
+TURNS = [
+    {
+        "prompt": [{"role": "user", "content": pair["prompt"] * 2}],
+        "completion": [{"role": "assistant", "content": pair["completion"]}],
+    }
+    for pair in PAIRS
+]
+PREFERENCES = [
+    {"prompt": f"w{20 + i} w8 w9 w10 w11 w12 w13 w14 w15", "chosen": f" w{30 + i} w{40 + i}", "rejected": f" w{31 + i}"}
+    for i in range(6)
+]
+PROMPTS = [{"prompt": " ".join(f"w{20 + i + j}" for j in range(7 + i))} for i in range(6)]
+JUDGED = [
+    {"prompt": row["prompt"], "completion": row["chosen"], "label": place % 2 == 0}
+    for place, row in enumerate(PREFERENCES)
+]
+PACKED = {"packing": True, "max_length": 32}
+
+
+def make(kind: str, folder: Path, rows: list, model: Any = None, eval_rows: list | None = None, **settings: Any) -> Any:
+    """A trainer of TRL by its name without "Trainer": what is no field of its configuration goes to the trainer."""
+    from datasets import Dataset
+
+    common = {"output_dir": str(folder), "report_to": "none", "use_cpu": True, "max_steps": 2, "logging_steps": 1}
+    common |= {"per_device_train_batch_size": 3, "save_strategy": "no", "disable_tqdm": True, "bf16": False}
+    own = {
+        name: settings.pop(name)
+        for name in ("peft_config", "ref_model", "reward_funcs", "compute_metrics")
+        if name in settings
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return getattr(trl, f"{kind}Trainer")(
+            model=trainable() if model is None else model,
+            args=getattr(trl, f"{kind}Config")(**(common | settings)),
+            train_dataset=Dataset.from_list(rows),
+            eval_dataset=None if eval_rows is None else Dataset.from_list(eval_rows),
+            processing_class=words(),
+            **own,
+        )
+
+
+def sft(folder: Path, rows: list, **settings: Any) -> Any:
+    return make("SFT", folder, rows, **settings)
+
+
+def losses(trainer: Any) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def inner(model: Any) -> SleepForCausalLM:
+    return model.get_base_model() if isinstance(model, peft.PeftModel) else model
+
+
+# --- SFT
+
+
+@pytest.mark.flow("SFT: every dataset format")
+@pytest.mark.parametrize("adapted", [False, True], ids=["whole", "lora"])
+@pytest.mark.parametrize(
+    "rows, settings",
+    [
+        (TEXTS, {}),
+        (TEXTS, PACKED),
+        (TEXTS, {"padding_free": True, "max_length": None}),
+        (TEXTS, PACKED | {"packing_strategy": "wrapped"}),
+        (TEXTS, {"gradient_checkpointing": True}),
+        (MESSAGES, {}),
+        (MESSAGES, {"assistant_only_loss": True}),
+        (MESSAGES, {"assistant_only_loss": True} | PACKED),
+        (PAIRS, {}),
+        (PAIRS, PACKED),
+        (TURNS, {}),
+        (TURNS, PACKED),
+    ],
+)
+def test_trls_loss_is_ours_in_every_format(tmp_path, rows, settings, adapted):
+    model = trainable()
+    peft_config = lora_config(model, r=2) if adapted else None
+    trainer = sft(tmp_path, rows, eval_rows=rows, model=model, peft_config=peft_config, **settings)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert int((batch["labels"] != IGNORE).sum()) < batch["labels"].numel() or "packing" in settings
+    ours = SleepForCausalLM.forward(inner(trainer.model), **batch).loss
+    assert_close(trainer.compute_loss(trainer.model, dict(batch)), ours, FLOAT32)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+@pytest.mark.flow("SFT: packing")
+def test_trls_packing_gives_the_loss_of_rows_alone(tmp_path):
+    whole = sft(tmp_path, TEXTS, packing=True, max_length=200, per_device_train_batch_size=1)
+    apart = sft(tmp_path, TEXTS, per_device_train_batch_size=6)
+    (together,) = list(whole.get_train_dataloader())
+    (rows,) = list(apart.get_train_dataloader())
+    assert together["input_ids"].shape[0] == 1
+    loss = whole.compute_loss(whole.model, dict(together))
+    assert_close(loss, apart.compute_loss(apart.model, dict(rows)), FLOAT32)
+
+
+# What these bases do to their logits has four names between them.
+SCALED = ["gemma2", "falcon_h1", "granitemoehybrid", "granite", "cohere"]
+
+
+@pytest.mark.flow("SFT: bases that scale logits")
+@pytest.mark.parametrize("family", SCALED)
+def test_trl_does_to_the_logits_what_the_base_does(tmp_path, monkeypatch, family):
+    monkeypatch.setitem(FAMILIES, "granite", {"embedding_multiplier": 3.0, "logits_scaling": 2.0})
+    monkeypatch.setitem(FAMILIES, "cohere", {"logit_scale": 0.3})
+    model = trainable(family, layers=None)
+    plain = {name: value for name, value in (("logit_scale", 1.0), ("final_logit_softcapping", None))}
+    assert any(getattr(model.config, name, value) != value for name, value in plain.items()), "nothing would be tested"
+    settings = {"router_aux_loss_coef": 0.0} if "moe" in family else {}
+    trainer = sft(tmp_path, TEXTS, model=model, **settings)
+    batch = next(iter(trainer.get_train_dataloader()))
+    ours = SleepForCausalLM.forward(trainer.model, **batch).loss
+    assert_close(trainer.compute_loss(trainer.model, dict(batch)), ours, FLOAT32)
+
+
+@pytest.mark.flow("SFT: mixture of experts")
+def test_a_routers_auxiliary_loss_is_refused_by_name(tmp_path):
+    trainer = sft(tmp_path, TEXTS, model=trainable("qwen3_moe", layers=None))
+    with pytest.raises(ValueError, match=r"output_router_logits.*router_aux_loss_coef=0\.0 in the trainer's arguments"):
+        trainer.train()
+
+
+@pytest.mark.flow("SFT: model by name, bf16")
+def test_trl_loads_by_name_and_trains_in_bfloat16(tmp_path):
+    trainable().save_pretrained(tmp_path / "model")
+    words().save_pretrained(tmp_path / "model")
+    trainer = sft(tmp_path, TEXTS, model=str(tmp_path / "model"), bf16=True)
+    assert isinstance(trainer.model, SleepForCausalLM)
+    trainer.train()
+    assert losses(trainer)
+
+
+@pytest.mark.flow("SFT: `compute_metrics`")
+def test_metrics_get_logits_where_trl_keeps_them(tmp_path):
+    """TRL up to 1.8 has none in its chunked loss, for any model; its plain loss looks at those of training, too."""
+    seen = []
+
+    def metrics(made):
+        seen.append(made.predictions.shape)
+        return {}
+
+    model = trainable()
+    model.logits_in_training = True
+    trainer = sft(tmp_path, TEXTS, model=model, eval_rows=TEXTS, loss_type="nll", compute_metrics=metrics)
+    trainer.train()
+    trainer.evaluate()
+    assert seen == [(6, 18, VOCAB)]
+
+
+@pytest.mark.flow("SFT: facts from `messages`")
+def test_facts_are_learned_by_the_lines_of_trls_readme(tmp_path):
+    """Rows of messages longer than a window, `peft_config=lora_config(model)`; saved, loaded onto a base, asked."""
+    import trl_sft  # needs TRL as it is imported
+
+    loss, answers, slept = trl_sft.main(str(tmp_path / "out"))
+    assert slept == 2
+    assert loss < 0.1
+    assert answers == trl_sft.FACTS
+
+
+# --- preferences, rewards, generation
+
+
+def logp(model: Any, prompt: list[int], completion: list[int]) -> torch.Tensor:
+    """Of a completion, by one call of the model on that row alone."""
+    ids = torch.tensor([[*prompt, *completion]])
+    with torch.no_grad():
+        scores = model(ids, use_cache=False).logits.log_softmax(-1)[0, len(prompt) - 1 : -1]
+    return scores.gather(1, ids[0, len(prompt) :, None]).sum()
+
+
+@pytest.mark.flow("DPO")
+@pytest.mark.parametrize("reference", ["given", "adapter off", "by name"])
+def test_dpo_compares_what_the_model_says(tmp_path, reference):
+    model, settings = trainable(), {}
+    if reference == "given":
+        settings["ref_model"] = copy.deepcopy(model)
+    elif reference == "adapter off":
+        settings["peft_config"] = lora_config(model, r=2)
+    else:
+        model.save_pretrained(tmp_path / "model")
+        words().save_pretrained(tmp_path / "model")
+        model = str(tmp_path / "model")
+    trainer = make("DPO", tmp_path, PREFERENCES, model, PREFERENCES, learning_rate=1e-3, max_steps=8, **settings)
+    told = trainer.evaluate()
+    for kind in ("chosen", "rejected"):
+        rows = list(trainer.eval_dataset)
+        alone = [logp(trainer.model.eval(), row["prompt_ids"], row[f"{kind}_ids"]) for row in rows]
+        assert_close(torch.tensor(told[f"eval_logps/{kind}"]), torch.stack(alone).mean(), FLOAT32, kind)
+    trainer.train()
+    first, *_, last = losses(trainer)
+    assert_close(torch.tensor(first), torch.tensor(2.0).log(), FLOAT32, "model and reference begin alike")
+    assert last < 0.68 < first
+
+
+@pytest.mark.flow("KTO")
+def test_kto_trains(tmp_path):
+    model = trainable()
+    trainer = make("KTO", tmp_path, JUDGED, model, ref_model=copy.deepcopy(model))
+    trainer.train()
+    assert len(losses(trainer)) == 2
+
+
+def first_word(completions: list[str], **_: Any) -> list[float]:
+    """A reward that tells completions apart."""
+    return [float(hash(completion) % 7) for completion in completions]
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["whole", "lora"])
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.flow(kind)) for kind in ("GRPO", "RLOO")])
+def test_completions_are_generated_and_scored_as_the_model_scores_them(tmp_path, kind, adapted):
+    model = trainable()
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    settings = {"num_generations": 3, "max_completion_length": 12, "reward_funcs": first_word, "learning_rate": 1e-2}
+    if adapted:
+        settings["peft_config"] = lora_config(model, r=2)
+    elif kind == "RLOO":
+        settings["beta"] = 0.0
+    trainer = make(kind, tmp_path, PROMPTS, model, **settings)
+    # Prompts padded on the left, completions on the right, as TRL hands them over.
+    prompts, ends = [tokens(1, n, seed=n)[0] for n in (9, 4)], [tokens(1, n, seed=n)[0] for n in (6, 11)]
+    ids = torch.zeros(2, 20, dtype=torch.long)
+    for row, (prompt, end) in enumerate(zip(prompts, ends, strict=True)):
+        ids[row, 9 - len(prompt) : 9], ids[row, 9 : 9 + len(end)] = prompt, end
+    mask = (ids != 0).long()
+    with torch.no_grad():
+        told = trainer._get_per_token_logps_and_entropies(trainer.model.eval(), ids, mask, 11)[0]
+    for row, (prompt, end) in enumerate(zip(prompts, ends, strict=True)):
+        alone = logp(trainer.model, prompt.tolist(), end.tolist())
+        assert_close(told[row, : len(end)].sum(), alone, FLOAT32, f"row {row}")
+    trainer.train()
+    assert len(losses(trainer)) == 2
+    changed = [name for name, value in model.named_parameters() if name in before and not value.equal(before[name])]
+    assert changed or adapted
+    merged = trainer.model.merge_and_unload() if adapted else trainer.model
+    assert any(not value.equal(before[name]) for name, value in merged.named_parameters() if name in before)
+
+
+@pytest.mark.flow("reward modelling")
+def test_reward_models_are_refused_by_name(tmp_path):
+    trainable().save_pretrained(tmp_path / "model")
+    words().save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="no head that scores texts; train the reward model from the base"):
+        make("Reward", tmp_path, PREFERENCES, str(tmp_path / "model"))

@@ -1,4 +1,4 @@
-"""`sleepify evaluate` on one's own data: the rows that a recipe held out, or all of another dataset, in every format."""
+"""`sleepify evaluate` on one's own data: the rows that a recipe held out, or all of a dataset in any format."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A trained checkpoint, tested again: at any N and windows, on its own task or data or others; and perplexity of a text.
+"""A trained checkpoint, tested again: at any N and windows, on its task or data or others; and perplexity of a text.
 
-A model that a recipe has trained on one's own data is tested on the rows that it held out; with ``--dataset`` any model is
-tested on all rows of another, by distance as in `text_evaluate`.
+A model that a recipe has trained on one's own data is tested on the rows that it held out; with ``--dataset`` any model
+is tested on all rows of another, by distance as in `text_evaluate`.
 """
 
 from __future__ import annotations

@@ -158,8 +158,8 @@ def load_text(
         is_file = "{" not in given
         if is_file and not Path(given).is_file():
             raise DatasetError(
-                f"{arguments.dataset}: expected chat_template to be a template or a file with one, got {given!r}, which "
-                "is neither"
+                f"{arguments.dataset}: expected chat_template to be a template or a file with one, got {given!r}, "
+                "which is neither"
             )
         tokenizer.chat_template = Path(given).read_text(encoding="utf-8") if is_file else given
     raw = read_dataset(arguments)

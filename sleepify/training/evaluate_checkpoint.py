@@ -151,12 +151,12 @@ def _rows(arguments: EvaluateArguments, data: DatasetArguments) -> TextRows | No
     else:
         return None
     config: Any = AutoConfig.from_pretrained(arguments.model)
-    window, positions = reach(config) if isinstance(config, SleepConfig) else (None, longest_of(config))
-    window = (arguments.window_sizes or [window or noted.get("window_size")])[0]
+    own: tuple[Any, int | None] = reach(config) if isinstance(config, SleepConfig) else (None, longest_of(config))
+    window = (arguments.window_sizes or [own[0] or noted.get("window_size")])[0]
     if window is None:
         raise ValueError(f"expected window_sizes, by which to tell distances: {arguments.model} does not sleep")
     tokenizer = tokenizer_of(arguments.model, arguments.tokenizer)
-    text = load_text(data, tokenizer, window_size=window, positions=positions, seed=seed)
+    text = load_text(data, tokenizer, window_size=window, positions=own[1], seed=seed)
     if text.held_out is not None:
         return text.held_out
     assert not isinstance(text.train, TextStream)
@@ -172,7 +172,7 @@ def _by_distance(model: Any, rows: TextRows, arguments: EvaluateArguments) -> li
     }
     sleeps = isinstance(model, SleepForCausalLM)
     sizes = arguments.window_sizes or [_noted(arguments.model).get("window_size")]
-    settings = [(None, size) for size in sizes]
+    settings: list[Any] = [(None, size) for size in sizes]
     if sleeps or arguments.n_loops is not None:
         settings = settings_of(model, arguments.n_loops, arguments.window_sizes)
     found = []

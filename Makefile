@@ -59,12 +59,14 @@ bench: $(call READY,run)
 		OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.$$page || exit 1; \
 	done
 
+# Notebooks are run, unless they are as in the build before (.cache); bars and warnings are not for readers.
 docs: $(call READY,docs)
-	@NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --quiet --strict
+	@NO_MKDOCS_2_WARNING=1 TQDM_DISABLE=1 PYTHONWARNINGS=ignore OMP_NUM_THREADS=1 \
+		$(PYTHON) -m mkdocs build --quiet --strict
 	@echo "built site/index.html"
 
 clean:
-	@rm -rf $(VENV) build dist site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf $(VENV) build dist site .cache *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 $(VENV)/.created:

@@ -86,7 +86,7 @@ def test_generate_sleeps_as_it_is_told(trained: Path, capsys: pytest.CaptureFixt
             "expected a tokenizer in OUT, found none; give --tokenizer, or --ids",
         ),
         (["recipes", "copy", "sft_tinny"], "got 'sft_tinny'"),
-        (["evaluate", "nowhere"], "expected a task or a text_file"),
+        (["evaluate", "nowhere"], "expected a task, a dataset or a text_file"),
     ],
 )
 def test_what_a_user_can_get_wrong_is_one_line(

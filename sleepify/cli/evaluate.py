@@ -1,6 +1,7 @@
-"""Test one checkpoint at any N and windows, on the task that it was trained on or another; perplexity of a text.
+"""Test one checkpoint at any N and windows, on the task or data that it was trained on or others; perplexity of a text.
 
 sleepify evaluate outputs/rule110_small --n_loops 1 2 4 8 --plot accuracy.png
+sleepify evaluate outputs/notes --dataset other.jsonl --n_loops 1 4
 sleepify evaluate outputs/ouro --n_loops 1 4 --text_file notes.txt --context 8192
 """
 

@@ -173,7 +173,7 @@ def evaluate(
     """
     check_positive("n_examples", n_examples)
     check_positive("batch_size", batch_size)
-    settings = _settings(model, n_loops, window_sizes)
+    settings = settings_of(model, n_loops, window_sizes)
     counts: dict[tuple[int, int | None, int], list[int]] = {}
     rank, n_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     # Every rank reads as many batches: forward passes of sharded models wait for each other.
@@ -208,10 +208,14 @@ def evaluate(
     return Report(type(task).__name__, name, split, n_examples, scores)
 
 
-def _settings(
+def settings_of(
     model: nn.Module, n_loops: Sequence[int] | None, window_sizes: Sequence[int] | None
 ) -> list[tuple[int | None, int | None]]:
-    """(N, L) to evaluate at; (None, None) for a model that does not sleep."""
+    """(N, L) to evaluate at; (None, None) for a model that does not sleep.
+
+    Raises:
+        ValueError: for numbers that the model cannot have, or any of a model that does not sleep.
+    """
     sleeping = _unwrap(model)
     if not isinstance(sleeping, SleepForCausalLM):
         if n_loops is not None or window_sizes is not None:
@@ -228,7 +232,7 @@ def _settings(
         for value in values:
             check_positive(name, value)
     for window in window_sizes:
-        with _window(sleeping, window):
+        with at_window(sleeping, window):
             pass
     return [(loops, window) for window in window_sizes for loops in n_loops]
 
@@ -241,7 +245,7 @@ def _unwrap(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _window(model: SleepForCausalLM, window_size: int) -> Iterator[None]:
+def at_window(model: SleepForCausalLM, window_size: int) -> Iterator[None]:
     """The model with another window, checked against its base."""
     config = cast(SleepConfig, model.config)
     own, config.window_size = config.window_size, window_size
@@ -274,7 +278,7 @@ def _predict(
     if n_loops is not None and window_size is not None:
         sleeping = _unwrap(model)
         assert isinstance(sleeping, SleepForCausalLM)
-        arguments["n_loops"], context = n_loops, _window(sleeping, window_size)
+        arguments["n_loops"], context = n_loops, at_window(sleeping, window_size)
         if dist.is_initialized() and dist.get_world_size() > 1:
             batch = equalise(batch, window_size, truncated=False)
             columns |= set(batch.pop("logits_to_keep", torch.zeros(0)).tolist())

@@ -1,22 +1,32 @@
-"""A trained checkpoint, tested again: at any N and windows, on its own task or another; and perplexity of a text."""
+"""A trained checkpoint, tested again: at any N and windows, on its task or data or others; and perplexity of a text.
+
+A model that a recipe has trained on one's own data is tested on the rows that it held out; with ``--dataset`` any model
+is tested on all rows of another, by distance as in `text_evaluate`.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from sleepify.config import SleepConfig
 from sleepify.files import written_beside
-from sleepify.training.evaluate import evaluate, perplexity, plot
+from sleepify.modeling import SleepForCausalLM
+from sleepify.training.evaluate import at_window, evaluate, perplexity, plot, settings_of
 from sleepify.training.model_arguments import ModelArguments, load_tokenizer, pad_token
-from sleepify.training.recipe import TASK
+from sleepify.training.runs import TASK
 from sleepify.training.settings import parse_dataclasses
+from sleepify.training.sft import longest_of, reach
 from sleepify.training.task_arguments import RECIPES
+from sleepify.training.text_data import DatasetArguments, TextRows, TextStream, load_text
+from sleepify.training.text_evaluate import evaluate_text, table
 
 
 @dataclass
@@ -54,12 +64,19 @@ def run(argv: Sequence[str] | None = None, description: str | None = None) -> di
         What goes into the JSON file.
 
     Raises:
-        ValueError: for a field that does not exist, or nothing to test on.
+        ValueError: for a field that does not exist, nothing to test on, or settings that the model cannot have.
+        DatasetError: for a dataset that does not fit, before the model is loaded.
     """
-    (arguments,) = parse_dataclasses([EvaluateArguments], argv, description)
+    arguments, data = parse_dataclasses([EvaluateArguments, DatasetArguments], argv, description)
     name, fields, trained_with = _task_of(arguments)
-    if name is None and arguments.text_file is None:
-        raise ValueError(f"expected a task or a text_file: {arguments.model} has no {TASK}; give --task or --text_file")
+    rows = _rows(arguments, data)
+    if name is None and rows is None and arguments.text_file is None:
+        raise ValueError(
+            f"expected a task, a dataset or a text_file: {arguments.model} has no {TASK}; give --task, --dataset or "
+            "--text_file"
+        )
+    if name is None and arguments.plot is not None:
+        raise ValueError("expected plot with a task, whose accuracy it shows; leave it out, or give --task")
     device: Any = arguments.device or (
         torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     )
@@ -83,6 +100,8 @@ def run(argv: Sequence[str] | None = None, description: str | None = None) -> di
         print(report.table())
         if arguments.plot is not None:
             plot(report, arguments.plot)
+    if rows is not None:
+        results["text"] = _by_distance(model, rows, arguments)
     if arguments.text_file is not None:
         results["perplexity"] = _perplexities(model, arguments)
         print(results["perplexity"])
@@ -97,7 +116,7 @@ def _task_of(arguments: EvaluateArguments) -> tuple[str | None, dict[str, Any], 
     given = arguments.task_arguments or {}
     changes: dict[str, Any] = json.loads(given) if isinstance(given, str) else given
     noted = _noted(arguments.model)
-    name = arguments.task or noted.get("recipe")
+    name = arguments.task or (noted.get("recipe") if noted.get("recipe") in RECIPES else None)
     if name is not None and name not in RECIPES:
         raise ValueError(f"expected a task among {sorted(RECIPES)}, got {name!r}")
     fields = noted["task"] if noted.get("recipe") == name and noted else {}
@@ -106,6 +125,63 @@ def _task_of(arguments: EvaluateArguments) -> tuple[str | None, dict[str, Any], 
             f"task_arguments: {name} has no {unknown}; it has {sorted(RECIPES[name].__dataclass_fields__)}"
         )
     return name, fields | changes, arguments.tokenizer or noted.get("tokenizer")
+
+
+def _rows(arguments: EvaluateArguments, data: DatasetArguments) -> TextRows | None:
+    """All rows of the dataset that is given, else those that the recipe held out; None if there is neither."""
+    noted = _noted(arguments.model)
+    seed = 0
+    if data.dataset is not None:
+        if data.streaming or data.held_out != DatasetArguments.held_out:
+            raise ValueError(
+                "expected held_out and streaming to be left out, since all rows of a dataset are tested; choose them "
+                "with --dataset_split and --n_examples"
+            )
+        data = replace(data, held_out=0)
+    elif data != DatasetArguments():
+        raise ValueError("expected dataset beside what says how its rows are written, got none; give --dataset")
+    elif noted.get("recipe") == "sft" and arguments.task is None:
+        # The template is that of the tokenizer, which was saved with it.
+        data, seed = DatasetArguments(**noted["task"] | {"chat_template": None}), noted["seed"]
+        if not data.held_out:
+            raise ValueError(
+                f"expected rows that were held out, {arguments.model} was trained on all of {data.dataset}; give "
+                "--dataset"
+            )
+    else:
+        return None
+    config: Any = AutoConfig.from_pretrained(arguments.model)
+    own: tuple[Any, int | None] = reach(config) if isinstance(config, SleepConfig) else (None, longest_of(config))
+    window = (arguments.window_sizes or [own[0] or noted.get("window_size")])[0]
+    if window is None:
+        raise ValueError(f"expected window_sizes, by which to tell distances: {arguments.model} does not sleep")
+    tokenizer = tokenizer_of(arguments.model, arguments.tokenizer)
+    text = load_text(data, tokenizer, window_size=window, positions=own[1], seed=seed)
+    if text.held_out is not None:
+        return text.held_out
+    assert not isinstance(text.train, TextStream)
+    return text.train
+
+
+def _by_distance(model: Any, rows: TextRows, arguments: EvaluateArguments) -> list[dict[str, Any]]:
+    """What `evaluate_text` finds at every setting; for a model that does not sleep windows tell distances only."""
+    options: dict[str, Any] = {
+        "n_examples": arguments.n_examples,
+        "batch_size": arguments.batch_size,
+        "pad_id": pad_token(tokenizer_of(arguments.model, arguments.tokenizer)),
+    }
+    sleeps = isinstance(model, SleepForCausalLM)
+    sizes = arguments.window_sizes or [_noted(arguments.model).get("window_size")]
+    settings: list[Any] = [(None, size) for size in sizes]
+    if sleeps or arguments.n_loops is not None:
+        settings = settings_of(model, arguments.n_loops, arguments.window_sizes)
+    found = []
+    for n_loops, size in settings:
+        with at_window(model, size) if sleeps else nullcontext():
+            each = evaluate_text(model, rows, window_size=size, n_loops=n_loops, **options)
+        found.append({"n_loops": n_loops, "window_size": size, **each})
+        print(f"\n{'' if n_loops is None else f'N = {n_loops}, '}L = {size}\n\n{table(each)}")
+    return found
 
 
 def _noted(model: str) -> dict[str, Any]:

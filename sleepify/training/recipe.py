@@ -23,7 +23,7 @@ from sleepify.training.data import SleepCollator, TaskDataset
 from sleepify.training.evaluate import Report, evaluate, plot
 from sleepify.training.model_arguments import ModelArguments, build_model, load_tokenizer, pad_token
 from sleepify.training.processes import note_single_process
-from sleepify.training.runs import MERGED, remove_drafts
+from sleepify.training.runs import MERGED, TASK, remove_drafts
 from sleepify.training.settings import parse_dataclasses, peek, suggest
 from sleepify.training.sft import run as run_sft
 from sleepify.training.sleep_arguments import SleepArguments
@@ -32,7 +32,6 @@ from sleepify.training.text_data import DatasetArguments
 from sleepify.training.trainer import SleepTrainer
 
 REPORT = "report.json"
-TASK = "task.json"
 KINDS: dict[str, type[TaskArguments] | type[DatasetArguments]] = {**RECIPES, "sft": DatasetArguments}
 """Every recipe: those of tasks, and the one for data of one's own."""
 

@@ -20,6 +20,8 @@ from sleepify.training.arguments import SleepTrainingArguments
 
 MERGED = "merged"
 """Folder of a model with its adapters merged, in a run's folder."""
+TASK = "task.json"
+"""File beside a checkpoint that says what it was trained on."""
 MANIFEST = "sleep_run.json"
 _SETTINGS = ("optimizer", "muon_learning_rate", "adamw_learning_rate", "muon_momentum", "weight_decay", "seed")
 _SLEEP = ("window_size", "eviction", "loop_range", "n_loops", "backprop_loops", "backprop_windows")

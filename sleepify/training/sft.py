@@ -1,4 +1,5 @@
-"""Fine-tuning on one's own data: from a dataset to a model in ``output_dir`` and ``results.json`` beside it.
+"""Fine-tuning on one's own data: from a dataset to a model in ``output_dir`` and ``results.json`` beside it, and
+``task.json``, by which `sleepify evaluate` tests it again.
 
 What can be wrong with a dataset is said before a model is loaded.
 """
@@ -8,19 +9,20 @@ from __future__ import annotations
 import json
 import logging
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, PreTrainedTokenizerBase, set_seed
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from sleepify.config import SleepConfig
 from sleepify.defaults import MAX_DEFAULT_WINDOW, resolve
 from sleepify.files import written_beside
 from sleepify.training.data import SleepCollator
 from sleepify.training.model_arguments import build_model, load_tokenizer, new_architecture, pad_token
-from sleepify.training.runs import MERGED, remove_drafts
+from sleepify.training.runs import MERGED, TASK, remove_drafts
 from sleepify.training.text_data import DatasetArguments, TextData, TextRows, TextStream, load_text
-from sleepify.training.text_evaluate import evaluate_text
+from sleepify.training.text_evaluate import evaluate_text, table
 from sleepify.training.trainer import SleepTrainer
 
 if TYPE_CHECKING:
@@ -88,9 +90,20 @@ def run(recipe: Recipe, data: DatasetArguments) -> dict[str, Any]:
         if recipe.model.lora_r:
             model.merge_and_unload().save_pretrained(output / MERGED)
             folders.append(output / MERGED)
+            if isinstance(tokenizer, PreTrainedTokenizerBase):
+                tokenizer.save_pretrained(output / MERGED)
+        described = {
+            "recipe": recipe.name,
+            "task": asdict(data),
+            # A tokenizer of transformers is saved with the model, its chat template too.
+            "tokenizer": None if isinstance(tokenizer, PreTrainedTokenizerBase) else recipe.model.tokenizer,
+            "seed": training.seed,
+            "window_size": window_size,
+        }
         for folder in folders:
-            with written_beside(folder / RESULTS) as draft:
-                draft.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            for name, content in ((RESULTS, results), (TASK, described)):
+                with written_beside(folder / name) as draft:
+                    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         print(table(results))
     return results
 
@@ -103,17 +116,28 @@ def _reach(recipe: Recipe, tokenizer: Any) -> tuple[int, int | None]:
     else:
         changes: Any = arguments.model_config or {}
         config = AutoConfig.from_pretrained(str(arguments.model), revision=arguments.model_revision, **changes)
-    base = config.text_config if isinstance(config, SleepConfig) else config
-    longest: int | None = getattr(base.get_text_config(), "max_position_embeddings", None)
     if not recipe.sleep.sleep:
+        longest = longest_of(config)
         return settings.get("window_size") or min(MAX_DEFAULT_WINDOW, longest or MAX_DEFAULT_WINDOW), longest
     if isinstance(config, SleepConfig):
         for name in settings.keys() - {"fast_weights"}:
             setattr(config, name, settings[name])
     else:
         config = SleepConfig(text_config=config, **settings)
+    return reach(config)
+
+
+def reach(config: SleepConfig) -> tuple[int, int | None]:
+    """L of a model that sleeps, and the longest row that it can read; None for any."""
     resolved = resolve(config)
-    return int(resolved.window_size or 0), longest if resolved.sliding else None
+    return int(resolved.window_size or 0), longest_of(config) if resolved.sliding else None
+
+
+def longest_of(config: PreTrainedConfig) -> int | None:
+    """The positions that a base supports; None if it does not say."""
+    base = config.text_config if isinstance(config, SleepConfig) else config
+    longest: int | None = getattr(base.get_text_config(), "max_position_embeddings", None)
+    return longest
 
 
 def describe(recipe: Recipe, text: TextData, window_size: int) -> dict[str, Any]:
@@ -146,19 +170,3 @@ def _loops(recipe: Recipe) -> list[int]:
     if not recipe.sleep.sleep:
         raise ValueError("expected test_n_loops to be left out with sleep=False: there is no N")
     return list(recipe.test.test_n_loops or [])
-
-
-def table(results: dict[str, Any]) -> str:
-    """Markdown: perplexity by distance, and exact match where there are answers."""
-    if "perplexity" not in results:
-        return "no held-out rows, so that nothing was tested"
-    matches = results.get("exact_match_by_distance", {})
-    lines = ["| tokens since the window was read | perplexity | tokens |", "|---|---|---|"]
-    for name, each in results["perplexity_by_distance"].items():
-        lines.append(f"| {name} | {each['perplexity']:.2f} | {each['tokens']} |")
-    lines.append(f"| all | {results['perplexity']:.2f} | |")
-    if "exact_match" in results:
-        whole = results["exact_match"]
-        parts = [f"{name}: {each['correct']} of {each['total']}" for name, each in matches.items()]
-        lines.append(f"\nexact match {whole['correct']} of {whole['total']} ({'; '.join(parts)})")
-    return "\n".join(lines)

@@ -155,7 +155,12 @@ def load_text(
         raise DatasetError("expected a tokenizer, got none; give --tokenizer a name or a path, or 'bytes'")
     if arguments.chat_template is not None:
         given = arguments.chat_template
-        is_file = "{" not in given and Path(given).is_file()
+        is_file = "{" not in given
+        if is_file and not Path(given).is_file():
+            raise DatasetError(
+                f"{arguments.dataset}: expected chat_template to be a template or a file with one, got {given!r}, "
+                "which is neither"
+            )
         tokenizer.chat_template = Path(given).read_text(encoding="utf-8") if is_file else given
     raw = read_dataset(arguments)
     renamed: Any = arguments.dataset_columns or {}

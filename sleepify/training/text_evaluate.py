@@ -191,6 +191,22 @@ def _results(tallies: dict[str, Tally]) -> dict[str, Any]:
     return results
 
 
+def table(results: dict[str, Any]) -> str:
+    """What `evaluate_text` returns as Markdown: perplexity by distance, and exact match where there are answers."""
+    if "perplexity" not in results:
+        return "no held-out rows, so that nothing was tested"
+    matches = results.get("exact_match_by_distance", {})
+    lines = ["| tokens since the window was read | perplexity | tokens |", "|---|---|---|"]
+    for name, each in results["perplexity_by_distance"].items():
+        lines.append(f"| {name} | {each['perplexity']:.2f} | {each['tokens']} |")
+    lines.append(f"| all | {results['perplexity']:.2f} | |")
+    if "exact_match" in results:
+        whole = results["exact_match"]
+        parts = [f"{name}: {each['correct']} of {each['total']}" for name, each in matches.items()]
+        lines.append(f"\nexact match {whole['correct']} of {whole['total']} ({'; '.join(parts)})")
+    return "\n".join(lines)
+
+
 def _share(tally: Tally) -> dict[str, Any]:
     accuracy, interval = tally.right / tally.answers, list(wilson(tally.right, tally.answers))
     return {"accuracy": accuracy, "correct": int(tally.right), "total": tally.answers, "interval": interval}

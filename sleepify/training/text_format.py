@@ -93,7 +93,7 @@ class Encoder:
         """See that the tokenizer can write the format.
 
         Raises:
-            DatasetError: if there is no chat template, or none that can be told apart.
+            DatasetError: if there is no chat template, or one that cannot write messages or tell who said what.
         """
         if self.format != "messages":
             return
@@ -103,7 +103,12 @@ class Encoder:
                 "a tokenizer of a chat model"
             )
         turns = [("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")]
-        self._messages([{"role": role, "content": content} for role, content in turns], "the chat template")
+        _, labels, _ = self._messages([{"role": role, "content": said} for role, said in turns], "the chat template")
+        if all(label == IGNORE for label in labels):
+            raise DatasetError(
+                "expected a chat template that writes what the assistant says (within {% generation %}, where it has "
+                "that), got one that leaves it out: give another chat_template"
+            )
 
     def __call__(self, row: Mapping[str, Any], number: int) -> dict[str, Any]:
         """``input_ids``, ``labels``, ``length`` and ``answer``, [start, stop) or empty.

@@ -1,8 +1,8 @@
 """Does more sleep help, at equal steps and at equal compute? Rule 110 on a CPU, over seeds.
 
-    OMP_NUM_THREADS=1 python benchmarks/learning.py                 # everything, one run after the other
-    OMP_NUM_THREADS=1 python benchmarks/learning.py --seeds 0 &     # or shared out over cores by seed,
-    OMP_NUM_THREADS=1 python benchmarks/learning.py --seeds 1 2     # each writing the table when it ends
+    OMP_NUM_THREADS=1 python -m benchmarks.learning                 # everything, one run after the other
+    OMP_NUM_THREADS=1 python -m benchmarks.learning --seeds 0 &     # or shared out over cores by seed,
+    OMP_NUM_THREADS=1 python -m benchmarks.learning --seeds 1 2     # each writing the table when it ends
 
 Per seed: N = 1, 2 and 4 with the same rows in the same order for the same number of steps; N = 1 again for as many
 steps as take the processor time of N = 4; and with the first seed one model whose N is drawn anew in every step, tested
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import math
 import platform
 import statistics
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from benchmarks.statistic import over_seeds, spread
 from sleepify.training import recipe
 from sleepify.training.evaluate import Report, Score
 
@@ -35,8 +35,6 @@ TESTED = (1, 2, 3, 4, 6, 8)
 EQUAL_COMPUTE = "n1_equal_compute"
 DRAWN = "drawn"
 FRONTIER = 0.9
-# Quantile 0.975 of Student's t for 1, 2, 3 ... degrees of freedom.
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclass(frozen=True)
@@ -124,18 +122,14 @@ def train_all(runs: Runs, seeds: list[int]) -> None:
         runs.make(DRAWN, 0, runs.steps, "--n_loops", max(LOOPS), *drawn)
 
 
-def over_seeds(runs: list[Run], difficulty: int) -> tuple[float, float | None]:
-    """Mean accuracy, and half of Student's 95% interval over seeds (None for one seed)."""
-    values = [run.report.of(*run.report.settings[0])[difficulty].accuracy for run in runs]
-    if len(values) == 1:
-        return values[0], None
-    student = STUDENT[min(len(values) - 1, len(STUDENT)) - 1]
-    return statistics.mean(values), student * statistics.stdev(values) / math.sqrt(len(values))
+def accuracies(runs: list[Run], difficulty: int) -> list[float]:
+    """Of one difficulty, by seed."""
+    return [run.report.of(*run.report.settings[0])[difficulty].accuracy for run in runs]
 
 
 def frontier(runs: list[Run]) -> int:
     """The largest t with a mean accuracy of at least `FRONTIER` (0 if there is none)."""
-    return max((t for t in runs[0].report.difficulties if over_seeds(runs, t)[0] >= FRONTIER), default=0)
+    return max((t for t in runs[0].report.difficulties if over_seeds(accuracies(runs, t))[0] >= FRONTIER), default=0)
 
 
 def pooled(runs: list[Run], difficulty: int) -> Score:
@@ -183,7 +177,7 @@ def write_results(runs: Runs, docs: Path) -> None:
     counted = [["all seeds together, % (Wilson 95%)", *columns]]
     for variant, done in found.items():
         seconds = statistics.mean(run.cpu_seconds for run in done)
-        cells = [_spread(*over_seeds(done, t)) for t in difficulties]
+        cells = [spread(*over_seeds(accuracies(done, t))) for t in difficulties]
         means.append([label(variant, done), f"{seconds:.0f}", f"t = {frontier(done)}", *cells])
         counted.append([label(variant, done), *(_interval(pooled(done, t)) for t in difficulties)])
     means.append(["the commoner answer always", "", "", *(f"{100 * guess[t]:.1f}" for t in difficulties)])
@@ -218,15 +212,11 @@ order. Qwen3 of one layer from scratch with a Gated DeltaNet layer after it, bot
 for every N, the same rows in the same order; then N = 1 again for as many steps as take the processor time of N = 4.
 The frontier is the largest t that is answered in at least 90%. Exact match on {rows:,} held-out rows; seeds (runs per
 row of the table: {seeds}) change the weights' start and the rows. Settings: `recipes/configs/rule110_small.yaml`. Made
-by `python benchmarks/learning.py` ({date}, torch {torch}, {machine}, {threads} thread per run).
+by `python -m benchmarks.learning` ({date}, torch {torch}, {machine}, {threads} thread per run).
 
 ![accuracy by t](rule110_small.png)
 
 """
-
-
-def _spread(mean: float, half: float | None) -> str:
-    return f"{100 * mean:.1f}" + ("" if half is None else f" ± {100 * half:.1f}")
 
 
 def _interval(score: Score) -> str:
@@ -243,7 +233,7 @@ def _plot(found: dict[str, list[Run]], difficulties: list[int], guess: dict[int,
     figure = Figure(figsize=(7.0, 4.2), layout="constrained")
     axes = figure.subplots()
     for variant, done in found.items():
-        spreads = [over_seeds(done, t) for t in difficulties]
+        spreads = [over_seeds(accuracies(done, t)) for t in difficulties]
         means, halves = [mean for mean, _ in spreads], [half or 0.0 for _, half in spreads]
         axes.errorbar(difficulties, means, yerr=halves, marker="o", capsize=3, label=label(variant, done))
     axes.plot(difficulties, [guess[t] for t in difficulties], "k:", label="the commoner answer always")

@@ -1,80 +1,55 @@
-"""What the demo measures, and how it shows it: accuracy beside what guessing gives, and what a session costs."""
+"""What the demo measures, and how it shows it: answers beside what guessing gives, and what a session costs."""
 
 from __future__ import annotations
 
-import re
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 
 import torch
 from rich.table import Table
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from sleepify import SleepCache, SleepForCausalLM
 from sleepify.tasks.base import Example, Query, Split
-from sleepify.tasks.gsm_infinite import Problem
+from sleepify.tasks.hops import Hops
 from sleepify.training.evaluate import Report, wilson
 
 # --- accuracy ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class OpenWindowOnly:
-    """The same rows without what sleep consolidates: what the open window alone gives away.
+class WithoutText:
+    """The same rows without their text: what a model has whose cache was dropped and that did not sleep.
 
     Args:
-        examples: whole rows.
-        window_size: L.
+        task: with the text.
     """
 
-    examples: Sequence[Example]
-    window_size: int
+    task: Hops
+    difficulty_name: str = Hops.difficulty_name
 
     def example(self, index: int, split: Split = "test") -> Example:
-        """Row ``index``, from the start of the window in which its answer is predicted."""
-        whole = self.examples[index]
-        (query,) = whole.queries
-        cut = (query.start - 1) // self.window_size * self.window_size
-        moved = Query(query.difficulty, query.start - cut, query.stop - cut)
-        return Example(whole.input_ids[cut:], whole.labels[cut:], [moved])
+        """Row ``index``, from its first question on."""
+        whole = self.task.example(index, split)
+        cut = whole.queries[0].start - 2
+        moved = [Query(query.difficulty, query.start - cut, query.stop - cut) for query in whole.queries]
+        return Example(whole.input_ids[cut:], whole.labels[cut:], moved)
 
 
-@dataclass(frozen=True)
-class Guesses:
-    """What needs no reading, per difficulty: (accuracy, queries)."""
-
-    constant: dict[int, tuple[int, int]]
-    number_of_the_text: dict[int, float]
-
-
-def guesses(problems: Sequence[Problem]) -> Guesses:
-    """The best constant answer, and any number of the text at random."""
-    constant, drawn = {}, {}
-    for operations in sorted({problem.operations for problem in problems}):
-        group = [problem for problem in problems if problem.operations == operations]
-        constant[operations] = (Counter(problem.answer for problem in group).most_common(1)[0][1], len(group))
-        numbers = [(problem.answer, re.findall(r"\d+", problem.problem)) for problem in group]
-        drawn[operations] = mean(found.count(str(answer)) / len(found) for answer, found in numbers)
-    return Guesses(constant, drawn)
-
-
-def accuracy_table(report: Report, control: Report, guess: Guesses) -> Table:
-    """Per cent of held-out problems by operations, with Wilson's 95% intervals."""
-    table = Table(title="exact match on held-out problems, % (95% interval)")
+def accuracy_table(reports: Mapping[str, Report], guess: float) -> Table:
+    """Per cent of held-out questions by k, with Wilson's 95% intervals; what guessing gives below."""
+    table = Table(title="answered right, % of held-out questions (95% interval)")
     table.add_column("")
-    for operations in report.difficulties:
-        table.add_column(f"{operations} operations", justify="right")
-    rows = [(f"N = {n}", report.of(n, window)) for n, window in report.settings]
-    rows += [("the open window only", control.of(*control.settings[0]))]
-    for name, scores in rows:
-        table.add_row(name, *(share(scores[d].correct, scores[d].total) for d in report.difficulties))
-    table.add_row("best constant answer", *(share(*guess.constant[d]) for d in report.difficulties))
-    drawn = guess.number_of_the_text
-    table.add_row("a number of the text, at random", *(f"{100 * drawn[d]:.1f}" for d in report.difficulties))
+    difficulties = next(iter(reports.values())).difficulties
+    for difficulty in difficulties:
+        table.add_column(f"{difficulty} step{'s' if difficulty > 1 else ''}", justify="right")
+    for name, report in reports.items():
+        scores = report.of(*report.settings[0])
+        table.add_row(name, *(share(scores[d].correct, scores[d].total) for d in difficulties))
+    table.add_row("a guess", *(f"{100 * guess:.1f}" for _ in difficulties))
     return table
 
 
@@ -83,54 +58,37 @@ def share(correct: int, total: int) -> str:
     return f"{100 * correct / total:.1f} ({100 * low:.1f}-{100 * high:.1f})"
 
 
-def plot(losses: list[tuple[int, float]], report: Report, control: Report, guess: Guesses, path: Path) -> None:
-    """Loss over steps, and accuracy by operations."""
+def plot(reports: Mapping[str, Report], guess: float, path: Path) -> None:
+    """Accuracy by k, a line per arm."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.0, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot(*zip(*losses, strict=True))
-    left.set(xlabel="step", ylabel="loss", yscale="log", title="training, N drawn from 1 and 3")
-    named = [(f"N = {n}", report.of(n, window), "o-") for n, window in report.settings]
-    named.append(("open window only", control.of(*control.settings[0]), "s--"))
-    for name, scores, style in named:
-        points = [scores[d] for d in report.difficulties]
-        spread = [[s.accuracy - s.interval[0] for s in points], [s.interval[1] - s.accuracy for s in points]]
-        right.errorbar(report.difficulties, [s.accuracy for s in points], yerr=spread, fmt=style, capsize=3, label=name)
-    best = [correct / total for correct, total in guess.constant.values()]
-    right.plot(report.difficulties, best, "k:", label="best constant answer")
-    right.plot(report.difficulties, list(guess.number_of_the_text.values()), "k-.", label="a number of the text")
-    right.set(xlabel="operations", ylabel="exact match", ylim=(0, 1.02), xticks=report.difficulties, title="held out")
-    right.legend(fontsize="small")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
+    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for name, report in reports.items():
+        points = list(report.of(*report.settings[0]).values())
+        below = [max(0.0, point.accuracy - point.interval[0]) for point in points]
+        above = [max(0.0, point.interval[1] - point.accuracy) for point in points]
+        steps = [point.difficulty for point in points]
+        axes.errorbar(steps, [p.accuracy for p in points], yerr=[below, above], marker="o", capsize=3, label=name)
+    axes.axhline(guess, color="k", linestyle=":", label="a guess")
+    axes.set(xlabel="steps along the cycle that was read and evicted", ylabel="answered right", ylim=(-0.02, 1.02))
+    axes.set_xticks(steps)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
 
 
-# --- writing on, memory and time --------------------------------------------------------------------------------------
+@torch.no_grad()
+def answers(model: PreTrainedModel, task: Hops, example: Example) -> list[str]:
+    """What a model says to each question of a row, as names of nodes."""
+    logits = model(torch.tensor([example.input_ids]), use_cache=False).logits[0]
+    said = list(example.input_ids)
+    for query in example.queries:
+        said[query.start] = int(logits[query.start - 1, task.max_hops + 1 :].argmax()) + task.max_hops + 1
+    return [asked.split("? ")[1] for asked in task.decode(said).split(" | ")[1].split(", ")]
 
 
-class Watch:
-    """What `generate` streams to; notes how many keys the session holds after every token."""
-
-    def __init__(self, cache: SleepCache) -> None:
-        self.cache, self.most = cache, 0
-
-    def put(self, _: torch.Tensor) -> None:
-        self.most = max([self.most, *self.cache.memory.kv_lengths])
-
-    def end(self) -> None:
-        pass
-
-
-def write_on(model: SleepForCausalLM, ids: list[int], new_tokens: int) -> tuple[int, int]:
-    """Generate far past the window: (windows slept on meanwhile, most keys held)."""
-    cache = SleepCache()
-    model(torch.tensor([ids[:-1]]), past_key_values=cache)
-    slept, watch = cache.windows[0], Watch(cache)
-    limits = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "do_sample": False}
-    model.generate(torch.tensor([ids]), past_key_values=cache, streamer=watch, **limits)
-    return cache.windows[0] - slept, watch.most
+# --- memory and time --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

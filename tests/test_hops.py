@@ -18,8 +18,10 @@ from sleepify.tasks.split import cycle_key, in_split
 
 def read(task: Hops, ids: list[int]) -> tuple[dict[int, int], list[tuple[int, int, int, int]]]:
     """The pairs, and every query: k, start, answer, and where it begins."""
-    end = 2 * task.n_nodes
-    pairs = dict(zip(ids[:end:2], ids[1:end:2], strict=True))
+    size = 2 * task.n_nodes
+    end = size * task.n_reads
+    assert ids[:end] == ids[:size] * task.n_reads
+    pairs = dict(zip(ids[:size:2], ids[1:size:2], strict=True))
     assert len(pairs) == task.n_nodes
     queries = []
     place = end
@@ -50,6 +52,8 @@ def tour(pairs: dict[int, int]) -> list[int]:
         Hops(n_nodes=6, n_windows=3, n_queries=6),
         Hops(n_nodes=9, n_windows=3, n_queries=9, max_hops=1),
         Hops(n_nodes=12, n_queries=1, max_hops=30),
+        Hops(hops=[2, 5], n_reads=3),
+        Hops(n_nodes=6, n_windows=3, n_queries=6, n_reads=2),
     ],
 )
 def test_every_query_is_answered_by_walking_the_pairs(task: Hops) -> None:
@@ -64,7 +68,7 @@ def test_every_query_is_answered_by_walking_the_pairs(task: Hops) -> None:
             node = start
             for _ in range(k):
                 node = pairs[node]
-            assert node == answer and 1 <= k <= task.max_hops
+            assert node == answer and k in (task.hops or range(1, task.max_hops + 1))
             assert (query.difficulty, query.start, query.stop) == (k, place + 2, place + 3)
             assert place // task.window_size == (place + 2) // task.window_size, "a query lies in two windows"
             labels[place + 2] = answer
@@ -80,6 +84,24 @@ def test_sizes_are_those_of_the_experiment() -> None:
     assert [i for i, token in enumerate(task.example(0).input_ids) if token == PAD] == [31]
     spread = Hops(n_nodes=32, n_windows=4)
     assert (spread.window_size, spread.length) == (16, 64 + 16 + 9)
+
+
+def test_what_is_read_again_is_the_same_text() -> None:
+    once, twice = Hops(), Hops(n_reads=2)
+    for index in range(20):
+        a, b = once.example(index), twice.example(index)
+        assert b.input_ids == a.input_ids[:16] + a.input_ids
+        assert b.labels == [IGNORE] * 16 + a.labels
+        assert [query.start - 16 for query in b.queries] == [query.start for query in a.queries]
+    pairs, asked = once.decode(once.example(0).input_ids).split(" | ")
+    assert twice.decode(twice.example(0).input_ids) == f"{pairs} {pairs} | {asked}"
+
+
+def test_a_model_may_begin_with_some_of_the_hops() -> None:
+    assert Hops(hops=[1]).vocab_size == Hops().vocab_size
+    asked = {query.difficulty for i in range(40) for query in Hops(hops=[2, 5], curriculum=20).example(i).queries}
+    assert asked == {2, 5}
+    assert {query.difficulty for query in Hops(hops=[2, 5], curriculum=20).example(19).queries} == {2}
 
 
 def test_hops_starts_and_orders_are_fair() -> None:
@@ -135,6 +157,11 @@ def test_every_size_has_cycles_of_both_splits(n: int) -> None:
         ({"n_windows": 3}, "n_windows: expected windows of two whole pairs"),
         ({"n_windows": 8}, "n_windows: expected windows of two whole pairs"),
         ({"curriculum": -1}, "curriculum: expected"),
+        ({"n_reads": 0}, "n_reads: expected"),
+        ({"hops": []}, "hops: expected at least one k"),
+        ({"hops": [0, 1]}, "hops: expected some of 1 to 8, ascending"),
+        ({"hops": [9]}, "hops: expected some of 1 to 8, ascending"),
+        ({"hops": [3, 1]}, "hops: expected some of 1 to 8, ascending"),
     ],
 )
 def test_bad_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:

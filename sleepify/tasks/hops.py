@@ -40,9 +40,12 @@ class Hops:
         seed: another seed, another sequence of examples (of the same cycles).
         n_nodes: n, at least 6.
         n_queries: queries in a row, at most n.
-        max_hops: the largest k; k = n is the node itself.
+        max_hops: the largest k that has a token; k = n is the node itself.
+        hops: the k that are asked, ascending; None for 1..``max_hops``. Fewer are for a model to begin with, whose
+            vocabulary goes further.
+        n_reads: how often the pairs are written, in the same order, before the queries: a text that is read again.
         n_windows: windows over which the pairs are spread, each of the same number of whole pairs, 2 at least.
-        curriculum: rows a level in training: k = 1 alone at first, and one more every so many rows. 0: all from the
+        curriculum: rows a level in training: the first k alone, and one more every so many rows. 0: all from the
             start.
 
     Raises:
@@ -55,12 +58,14 @@ class Hops:
     n_nodes: int = 8
     n_queries: int = 8
     max_hops: int = 8
+    hops: Sequence[int] | None = None
+    n_reads: int = 1
     n_windows: int = 1
     curriculum: int = 0
 
     def __post_init__(self) -> None:
         # Fewer nodes leave a handful of cycles for the test: three of five nodes.
-        for field, least in {"n_nodes": 6, "n_queries": 1, "max_hops": 1, "n_windows": 1}.items():
+        for field, least in {"n_nodes": 6, "n_queries": 1, "max_hops": 1, "n_reads": 1, "n_windows": 1}.items():
             value = getattr(self, field)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{field}: expected a whole number, at least {least}, got {value!r}")
@@ -73,6 +78,12 @@ class Hops:
                 f"n_windows: expected windows of two whole pairs or more, all alike, got {self.n_nodes} pairs in "
                 f"{self.n_windows} windows"
             )
+        if self.hops is not None and not (
+            list(self.hops) == sorted(set(self.hops)) and set(self.hops) <= set(range(1, self.max_hops + 1))
+        ):
+            raise ValueError(f"hops: expected some of 1 to {self.max_hops}, ascending, got {self.hops!r}")
+        if self.hops is not None and not self.hops:
+            raise ValueError("hops: expected at least one k, got none; leave it out for all")
         check_curriculum(self.curriculum)
 
     @property
@@ -91,7 +102,7 @@ class Hops:
         full, rest = divmod(self.n_queries, self.window_size // _QUERY)
         if not rest:
             full, rest = full - 1, self.window_size // _QUERY
-        return 2 * self.n_nodes + full * self.window_size + rest * _QUERY
+        return 2 * self.n_nodes * self.n_reads + full * self.window_size + rest * _QUERY
 
     def example(self, index: int, split: Split = "train") -> Example:
         """The row number ``index`` of ``split``; T = ``length`` tokens.
@@ -108,9 +119,10 @@ class Hops:
             cycle = rng.sample(range(n), n)
         nodes = [first_node + node for node in cycle]
 
-        input_ids = [node for i in rng.sample(range(n), n) for node in (nodes[i], nodes[(i + 1) % n])]
+        pairs = [node for i in rng.sample(range(n), n) for node in (nodes[i], nodes[(i + 1) % n])]
+        input_ids = pairs * self.n_reads
         labels = [IGNORE] * len(input_ids)
-        hops = open_levels(range(1, self.max_hops + 1), self.curriculum, split, index)
+        hops = open_levels(self.hops or range(1, self.max_hops + 1), self.curriculum, split, index)
         queries = []
         for i in rng.sample(range(n), self.n_queries):
             room = self.window_size - len(input_ids) % self.window_size
@@ -135,7 +147,7 @@ class Hops:
         names = [
             f"+{token}" if token <= self.max_hops else f"n{token - self.max_hops}" for token in ids if token != PAD
         ]
-        end = 2 * self.n_nodes
+        end = 2 * self.n_nodes * self.n_reads
         pairs = [f"{source}->{target}" for source, target in zip(names[:end:2], names[1:end:2], strict=True)]
         asked = [
             f"{k} from {start}? {answer}"

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -85,6 +86,8 @@ class Report:
         split: of the examples.
         n_examples: rows read per setting.
         scores: one per setting and difficulty, settings in the order asked, difficulties ascending.
+        answered: per setting, a digit for every query in the order of the rows: 1 where it was answered. For tests that
+            compare two models query by query.
     """
 
     task: str
@@ -92,6 +95,7 @@ class Report:
     split: str
     n_examples: int
     scores: list[Score]
+    answered: list[str] = field(default_factory=list)
 
     @property
     def settings(self) -> list[tuple[int, int | None]]:
@@ -174,7 +178,8 @@ def evaluate(
     check_positive("n_examples", n_examples)
     check_positive("batch_size", batch_size)
     settings = settings_of(model, n_loops, window_sizes)
-    counts: dict[tuple[int, int | None, int], list[int]] = {}
+    # Per setting: row, difficulty, answered.
+    found: list[list[tuple[int, int, bool]]] = [[] for _ in settings]
     rank, n_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     # Every rank reads as many batches: forward passes of sharded models wait for each other.
     share = range(rank, math.ceil(n_examples / n_ranks) * n_ranks, n_ranks)
@@ -184,28 +189,26 @@ def evaluate(
         for first in range(0, len(share), batch_size):
             indices = share[first : first + batch_size]
             examples = [task.example(index, split) for index in indices]
-            for loops, window in settings:
+            for (loops, window), answers in zip(settings, found, strict=True):
                 predicted = _predict(model, examples, pad_id, loops, window)
                 for index, example, choices in zip(indices, examples, predicted, strict=True):
-                    for difficulty, correct in score(example, choices) if index < n_examples else []:
-                        count = counts.setdefault((loops or 1, window, difficulty), [0, 0])
-                        count[0] += correct
-                        count[1] += 1
+                    answers += [(index, *scored) for scored in score(example, choices) if index < n_examples]
     finally:
         model.train(was_training)
-    gathered: list[Any] = [counts]
+    gathered: list[Any] = [found]
     if n_ranks > 1:
         gathered = [None] * n_ranks
-        dist.all_gather_object(gathered, counts)
-    scores = []
-    for loops, window in settings:
-        difficulties = sorted({key[2] for part in gathered for key in part})
-        for difficulty in difficulties:
-            found = [part.get((loops or 1, window, difficulty), [0, 0]) for part in gathered]
-            correct, total = (sum(column) for column in zip(*found, strict=True))
-            scores.append(Score(loops or 1, window, difficulty, correct, total))
+        dist.all_gather_object(gathered, found)
+    scores, answered = [], []
+    for (loops, window), *parts in zip(settings, *gathered, strict=True):
+        # Stable: queries of one row stay in their order.
+        answers = sorted((answer for part in parts for answer in part), key=operator.itemgetter(0))
+        answered.append("".join(str(int(correct)) for _, _, correct in answers))
+        for difficulty in sorted({asked for _, asked, _ in answers}):
+            correct = [right for _, asked, right in answers if asked == difficulty]
+            scores.append(Score(loops or 1, window, difficulty, sum(correct), len(correct)))
     name = getattr(task, "difficulty_name", "difficulty")
-    return Report(type(task).__name__, name, split, n_examples, scores)
+    return Report(type(task).__name__, name, split, n_examples, scores, answered)
 
 
 def settings_of(

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from sleepify.files import written_beside
 from sleepify.training.arguments import SleepTrainingArguments
+from sleepify.training.curve import CURVE, Curve, Point
 from sleepify.training.data import SleepCollator, TaskDataset
 from sleepify.training.evaluate import Report, evaluate, plot
 from sleepify.training.model_arguments import ModelArguments, build_model, load_tokenizer, pad_token
@@ -52,6 +53,10 @@ class TestArguments:
     test_examples: int = field(default=1600, metadata={"help": "Held-out rows to test on (the paper: 1,600)."})
     test_n_loops: list[int] | None = field(default=None, metadata={"help": "Numbers of loops to test; default: N."})
     test_window_sizes: list[int] | None = field(default=None, metadata={"help": "Windows to test; default: L."})
+    curve_steps: int = field(
+        default=0, metadata={"help": "Test every so many steps too, for the learning curve; 0: no."}
+    )
+    curve_examples: int = field(default=200, metadata={"help": "Held-out rows of each such test."})
 
 
 @dataclass
@@ -72,6 +77,7 @@ class Result:
 
     Args:
         report: of the test by difficulty; None for one's own data.
+        curve: of the tests on the way.
         train_steps: optimiser steps of the run, those before a resume too.
         train_seconds: wall time of the training in this process.
         cpu_seconds: processor time of it; on a busy machine the better measure of work on the CPU.
@@ -83,6 +89,7 @@ class Result:
     train_seconds: float
     cpu_seconds: float
     results: dict[str, Any] | None = None
+    curve: Sequence[Point] = ()
 
 
 def parse(name: str | None = None, argv: Sequence[str] | None = None, description: str | None = None) -> Recipe:
@@ -137,7 +144,8 @@ def run(name: str | None = None, argv: Sequence[str] | None = None, description:
     training = recipe.training
     output = Path(str(training.output_dir))
     set_seed(training.seed)
-    tokenizer = load_tokenizer(recipe.model)
+    # Tasks that write in ids of their own take bases that never had a tokenizer.
+    tokenizer = load_tokenizer(recipe.model) if recipe.task.reads_text else None
     task, test_task = (recipe.task.build(test, tokenizer) for test in (False, True))
     pad_id = pad_token(tokenizer)
     model: Any = build_model(recipe.model, recipe.sleep, getattr(task, "vocab_size", None) or len(tokenizer))
@@ -149,21 +157,28 @@ def run(name: str | None = None, argv: Sequence[str] | None = None, description:
         processing_class=tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None,
     )
     note_single_process(training)
+
+    def test(n_examples: int) -> Report:
+        return evaluate(
+            trainer.model_wrapped,
+            test_task,
+            n_examples=n_examples,
+            n_loops=recipe.test.test_n_loops,
+            window_sizes=recipe.test.test_window_sizes,
+            batch_size=training.per_device_eval_batch_size,
+            pad_id=pad_id,
+        )
+
+    curve = Curve(lambda: test(recipe.test.curve_examples), recipe.test.curve_steps, output / CURVE)
+    if recipe.test.curve_steps:
+        trainer.add_callback(curve)
     if trainer.is_world_process_zero():
         remove_drafts(output / MERGED)
     started, cpu_started = time.perf_counter(), time.process_time()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     trainer.save_model()
-    report = evaluate(
-        trainer.model_wrapped,
-        test_task,
-        n_examples=recipe.test.test_examples,
-        n_loops=recipe.test.test_n_loops,
-        window_sizes=recipe.test.test_window_sizes,
-        batch_size=training.per_device_eval_batch_size,
-        pad_id=pad_id,
-    )
+    report = test(recipe.test.test_examples)
     if trainer.is_world_process_zero():
         write_report(report, output / REPORT)
         described = {"recipe": recipe.name, "task": asdict(recipe.task), "tokenizer": recipe.model.tokenizer}
@@ -175,7 +190,7 @@ def run(name: str | None = None, argv: Sequence[str] | None = None, description:
         for folder in folders:
             with written_beside(folder / TASK) as draft:
                 draft.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-    return Result(report, trainer.state.global_step, seconds, cpu_seconds)
+    return Result(report, trainer.state.global_step, seconds, cpu_seconds, curve=curve.points)
 
 
 def write_report(report: Report, path: Path) -> None:

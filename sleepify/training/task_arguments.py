@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
-from sleepify.tasks import Depo, Rule110
+from sleepify.tasks import Depo, Hops, Rule110
 from sleepify.tasks.gsm_infinite import PETS, THEMES, GsmInfinite, read_rows, read_vocabulary
 from sleepify.training.data import Task
 
 
 class TaskArguments(Protocol):
-    """What a recipe's own dataclass gives: its task, from its fields."""
+    """What a recipe's own dataclass gives: its task, from its fields; and whether its rows are text for a tokenizer."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
+    reads_text: ClassVar[bool]
 
     def build(self, test: bool = False, tokenizer: Any = None) -> Task:
         """The task to train on, or to test on where that differs."""
@@ -23,6 +24,8 @@ class TaskArguments(Protocol):
 @dataclass
 class Rule110Arguments:
     """The task; see `sleepify.tasks.Rule110`."""
+
+    reads_text: ClassVar[bool] = False
 
     task_seed: int = field(default=0, metadata={"help": "Another seed, other rows."})
     width: int = field(default=24, metadata={"help": "Cells in a string, which is the window of the paper."})
@@ -41,6 +44,8 @@ class Rule110Arguments:
 @dataclass
 class DepoArguments:
     """The task; see `sleepify.tasks.Depo`."""
+
+    reads_text: ClassVar[bool] = False
 
     task_seed: int = field(default=0, metadata={"help": "Another seed, other rows."})
     n_nodes: int = field(default=75, metadata={"help": "Nodes of the largest cycle, and of every one in the test."})
@@ -67,6 +72,8 @@ class DepoArguments:
 @dataclass
 class GsmInfiniteArguments:
     """The task; see `sleepify.tasks.gsm_infinite.GsmInfinite`."""
+
+    reads_text: ClassVar[bool] = True
 
     task_seed: int = field(default=0, metadata={"help": "Another seed, other problems."})
     operations: list[int] = field(
@@ -126,8 +133,40 @@ class GsmInfiniteArguments:
         return [PETS] if self.vocabulary == "pets" else read_vocabulary(read_rows(self.vocabulary))
 
 
+@dataclass
+class HopsArguments:
+    """The task; see `sleepify.tasks.Hops`."""
+
+    reads_text: ClassVar[bool] = False
+
+    task_seed: int = field(default=0, metadata={"help": "Another seed, other rows."})
+    n_nodes: int = field(default=8, metadata={"help": "Nodes of the cycle."})
+    n_queries: int = field(default=8, metadata={"help": "Queries in a row."})
+    max_hops: int = field(default=8, metadata={"help": "The largest k that has a token."})
+    hops: list[int] | None = field(
+        default=None, metadata={"help": "The k that are asked; by default 1 to the largest."}
+    )
+    n_reads: int = field(default=1, metadata={"help": "How often the pairs are written before the queries."})
+    n_windows: int = field(default=1, metadata={"help": "Windows over which the pairs are spread."})
+    curriculum: int = field(default=0, metadata={"help": "Rows in training until one k more is asked; 0: all at once."})
+
+    def build(self, test: bool = False, tokenizer: Any = None) -> Hops:
+        """The task, the same for the test."""
+        return Hops(
+            seed=self.task_seed,
+            n_nodes=self.n_nodes,
+            n_queries=self.n_queries,
+            max_hops=self.max_hops,
+            hops=self.hops,
+            n_reads=self.n_reads,
+            n_windows=self.n_windows,
+            curriculum=self.curriculum,
+        )
+
+
 RECIPES: dict[str, type[TaskArguments]] = {
     "rule110": Rule110Arguments,
     "depo": DepoArguments,
+    "hops": HopsArguments,
     "gsm_inf": GsmInfiniteArguments,
 }

@@ -1,0 +1,131 @@
+"""What is compared with sleep, on which task: the arms of `benchmarks.worth`, one definition for all of them.
+
+An arm is what it changes in the YAML file of its setting. All arms of a setting begin with a base that the same recipe
+has pretrained with full attention on the easy part of the task, and get the same rows in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+CONFIGS = Path(__file__).resolve().parent.parent / "recipes" / "configs"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to answer, over all seeds.
+
+    Args:
+        name: of its files.
+        label: of its row in the table.
+        changes: fields of the recipe.
+        layers: of its base, as a multiple of the setting's.
+        steps: training, as a multiple of the setting's.
+        goes_on: another arm, whose finished run it continues: rows and rates are the same up to there.
+    """
+
+    name: str
+    label: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    layers: int = 1
+    steps: float = 1.0
+    goes_on: str | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One task at one size.
+
+    Args:
+        name: of its folder.
+        title: of its part of the page.
+        intro: what is read, evicted and asked, in words.
+        base: YAML file of the pretraining; its first layers are repeated for deeper bases.
+        config: YAML file of the fine-tuning.
+        changes: of the task's fields, for base and arms.
+        base_changes: of the pretraining alone.
+        tuned_changes: of the fine-tuning alone.
+        arms: names, those to run first before the others.
+        seeds: to run.
+    """
+
+    name: str
+    title: str
+    intro: str
+    base: str
+    config: str
+    arms: tuple[str, ...]
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    base_changes: Mapping[str, Any] = field(default_factory=dict)
+    tuned_changes: Mapping[str, Any] = field(default_factory=dict)
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+PLAIN = {"sleep": False}
+# N = 4 takes 2.4 times the processor time of N = 1 in these settings: a step has a wake pass too.
+COMPUTE = 2.4
+
+ARMS: dict[str, Arm] = {
+    arm.name: arm
+    for arm in (
+        Arm("n4", "sleep, N = 4", {"n_loops": 4}),
+        Arm("n1", "sleep, N = 1", {"n_loops": 1}),
+        Arm("n2", "sleep, N = 2", {"n_loops": 2}),
+        Arm("n8", "sleep, N = 8", {"n_loops": 8}),
+        Arm("n1_compute", "sleep, N = 1, compute of N = 4", {"n_loops": 1}, steps=COMPUTE, goes_on="n1"),
+        Arm("full", "full attention, whole cache", PLAIN),
+        Arm("full_long", "full attention, whole cache, 4 x the steps", PLAIN, steps=4.0, goes_on="full"),
+        Arm("full_2x", "full attention, 2 x the layers", PLAIN, layers=2),
+        Arm("full_4x", "full attention, 4 x the layers", PLAIN, layers=4),
+        Arm("n1_2x", "sleep, N = 1, 2 x the layers", {"n_loops": 1}, layers=2),
+        Arm("reread", "read 4 times, N = 1", {"n_loops": 1, "n_reads": 4}),
+        Arm("twice", "read twice, N = 1", {"n_loops": 1, "n_reads": 2}),
+        Arm("all_n", "sleep, a loss after every pass of N = 4", {"n_loops": 4, "pass_loss": "all"}),
+        Arm("sliding", "sliding window alone", {**PLAIN, "model_config": "sliding"}),
+    )
+}
+
+HOPS = (
+    "The pairs (a, f(a)) of a random cycle through {n} nodes are read in random order and evicted; then five nodes are "
+    "asked for what lies k steps further, k uniform in 1 to {n}, one k more every {every} steps. The base, two layers "
+    "of full attention, was pretrained on k = 1; a Gated DeltaNet layer was put after each, both are looped."
+)
+
+SETTINGS: dict[str, Setting] = {
+    setting.name: setting
+    for setting in (
+        Setting(
+            "hops8",
+            "k hops along a cycle of 8 nodes",
+            HOPS.format(n=8, every=250),
+            "hops_base.yaml",
+            "hops_small.yaml",
+            ("n4", "n1", "full", "n1_compute", "reread", "full_2x", "full_4x", "full_long", "n2", "all_n", "twice"),
+        ),
+        Setting(
+            "hops16",
+            "k hops along a cycle of 16 nodes",
+            HOPS.format(n=16, every=250),
+            "hops_base.yaml",
+            "hops_small.yaml",
+            ("n4", "full", "n1"),
+            changes={"n_nodes": 16, "max_hops": 16},
+            tuned_changes={"window_size": 32, "max_steps": 4500},
+            seeds=(0,),
+        ),
+        Setting(
+            "hops8_two_windows",
+            "k hops along a cycle of 8 nodes, its pairs spread over two windows",
+            HOPS.format(n=8, every=250) + " Each window holds half of the pairs, and each is evicted.",
+            "hops_base.yaml",
+            "hops_small.yaml",
+            ("n4", "n1", "full"),
+            changes={"n_windows": 2, "n_queries": 2},
+            tuned_changes={"window_size": 8},
+            seeds=(0,),
+        ),
+    )
+}

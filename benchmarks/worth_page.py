@@ -1,0 +1,169 @@
+"""docs/results/worth.md and its figures, of whatever runs of `benchmarks.worth` are finished."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks import worth_costs
+from benchmarks.arms import ARMS, CONFIGS, SETTINGS, Arm, Setting
+from benchmarks.report import Part, write_page
+from benchmarks.statistic import mcnemar, over_seeds, spread
+from benchmarks.worth_costs import Cost
+from benchmarks.worth_runs import FINISHED, MODELS, Run, finished
+from sleepify.files import written_beside
+from sleepify.training import recipe
+
+OURS = "n4"
+FRONTIER = 0.9
+INTRODUCTION = """All arms of a setting begin with one base, which the same recipe has pretrained with full attention on
+the easy part of the task, and are trained on the same rows in the same order; "compute of N = 4" is N = 1 trained on
+until it has taken the processor time of N = 4. Exact match on held-out rows in per cent, with Student's 95% interval
+over seeds where there are several. *Frontier*: up to where at least 90% are answered. A p is McNemar's, exact and
+two-sided, on the answers to the same queries, N = 4 against that arm, the largest over seeds. CPU seconds are of one
+thread of a machine that did other work too. Learning rates: Muon 0.01 and AdamW 0.002 in all arms, not tuned per arm.
+Runs: `docs/results/runs/worth`."""
+
+
+def arms_of(setting: Setting) -> dict[str, list[Run]]:
+    """The finished runs of each arm that has any."""
+    return {name: runs for name in setting.arms if (runs := finished(setting.name, name))}
+
+
+def accuracies(runs: list[Run], difficulty: int) -> list[float]:
+    """Of one difficulty, by seed."""
+    return [run.report.of(*run.report.settings[0])[difficulty].accuracy for run in runs]
+
+
+def frontier(runs: list[Run]) -> int:
+    """The largest difficulty up to which every one is answered in at least `FRONTIER` of the queries."""
+    reached = 0
+    for difficulty in runs[0].report.difficulties:
+        if over_seeds(accuracies(runs, difficulty))[0] < FRONTIER:
+            break
+        reached = difficulty
+    return reached
+
+
+def paired(ours: list[Run], theirs: list[Run]) -> str:
+    """Queries that only N = 4 and only the other answered, and the largest p over the seeds that both have."""
+    by_seed = {run.seed: run for run in theirs}
+    tests = [
+        mcnemar(run.report.answered[0], other.report.answered[0])
+        for run in ours
+        if (other := by_seed.get(run.seed)) is not None
+    ]
+    if not tests:
+        return ""
+    won, lost, p = sum(t[0] for t in tests), sum(t[1] for t in tests), max(t[2] for t in tests)
+    return f"{won:,} : {lost:,}, p {'< 1e-6' if p < 1e-6 else f'= {p:.2g}'}"
+
+
+def result_part(setting: Setting) -> Part:
+    """Accuracy by difficulty, a row per arm."""
+    found = arms_of(setting)
+    difficulties = next(iter(found.values()))[0].report.difficulties
+    part = Part(
+        setting.title,
+        f"{setting.intro}\n\n![accuracy by difficulty, and over training](worth_{setting.name}.png)",
+        ["arm", "seeds", "steps", "CPU s", "frontier", *map(str, difficulties), "N = 4 only : it only"],
+    )
+    for name, runs in found.items():
+        cells = [spread(*over_seeds(accuracies(runs, difficulty))) for difficulty in difficulties]
+        steps, seconds = runs[0].steps, statistics.mean(run.cpu_seconds for run in runs)
+        against = "" if name == OURS or OURS not in found else paired(found[OURS], runs)
+        part.rows.append(
+            [ARMS[name].label, str(len(runs)), f"{steps:,}", f"{seconds:,.0f}", str(frontier(runs)), *cells, against]
+        )
+    return part
+
+
+def cost_part(setting: Setting) -> Part:
+    """What each arm costs when the question comes; measured again where models of the first seed are at hand."""
+    path = FINISHED / setting.name / "costs.json"
+    costs = worth_costs.read(path)
+    seed = setting.seeds[0]
+    at_hand = {
+        name: folder
+        for name in arms_of(setting)
+        if (folder := MODELS / setting.name / f"{name}_seed{seed}").exists() and name not in costs
+    }
+    for name, folder in at_hand.items():
+        costs[name] = worth_costs.measure(folder, text_of(setting, ARMS[name], seed))
+    if at_hand:
+        worth_costs.write(costs, path)
+    part = Part(
+        f"{setting.title}: what it costs",
+        "One row, when its text has been read and the question comes: operations of matrix products to read it (sleep "
+        "included), bytes held in float32, and processor time of one more token.",
+        ["arm", "tokens read", "million operations", "bytes of keys and values", "bytes of state", "ms per token"],
+    )
+    for name in (name for name in setting.arms if name in costs):
+        cost: Cost = costs[name]
+        part.rows.append(
+            [
+                ARMS[name].label,
+                str(cost.tokens),
+                f"{cost.operations / 1e6:.1f}",
+                f"{cost.cache_bytes:,}",
+                f"{cost.state_bytes:,}",
+                f"{cost.token_seconds * 1e3:.2f}",
+            ]
+        )
+    return part
+
+
+def text_of(setting: Setting, arm: Arm, seed: int) -> list[int]:
+    """What an arm reads before the first question: whole windows."""
+    reads = {name: value for name, value in arm.changes.items() if name == "n_reads"}
+    changes = {"task_seed": seed, **setting.changes, **setting.tuned_changes, **reads}
+    words = [word for name, value in changes.items() for word in (f"--{name}", str(value))]
+    parsed = recipe.parse(None, [str(CONFIGS / setting.config), *words])
+    assert not isinstance(parsed.task, recipe.DatasetArguments)
+    example = parsed.task.build(test=True).example(0, "test")
+    window = parsed.sleep.settings()["window_size"]
+    return example.input_ids[: (example.queries[0].start - 1) // window * window]
+
+
+def plot(setting: Setting, path: Path) -> None:
+    """Accuracy by difficulty, and the mean over all of them against processor time."""
+    found = arms_of(setting)
+    figure = Figure(figsize=(11.0, 4.2), layout="constrained")
+    by_difficulty, over_time = figure.subplots(1, 2)
+    for name, runs in found.items():
+        difficulties = runs[0].report.difficulties
+        spreads = [over_seeds(accuracies(runs, difficulty)) for difficulty in difficulties]
+        means, halves = [mean for mean, _ in spreads], [half or 0.0 for _, half in spreads]
+        style = {"marker": "o", "capsize": 2, "linewidth": 2.2 if name == OURS else 1.2}
+        by_difficulty.errorbar(difficulties, means, yerr=halves, label=ARMS[name].label, **style)
+        for run in runs:
+            _curve(over_time, run, f"C{list(found).index(name)}")
+    name = next(iter(found.values()))[0].report.difficulty_name
+    by_difficulty.set(xlabel=name, ylabel="exact match", ylim=(-0.02, 1.02), xticks=difficulties)
+    over_time.set(xlabel="CPU seconds of training", ylabel="exact match, mean over all", ylim=(-0.02, 1.02))
+    by_difficulty.legend(fontsize="x-small")
+    for axes in (by_difficulty, over_time):
+        axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_beside(path) as draft:
+        figure.savefig(draft, dpi=110, format="png")
+
+
+def _curve(axes: Axes, run: Run, colour: str) -> None:
+    points = [(point.cpu_seconds, statistics.mean(point.accuracy[0])) for point in run.curve]
+    axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.0, alpha=0.8)
+
+
+def write(docs: Path) -> None:
+    """The page and a figure per setting."""
+    parts = []
+    for setting in SETTINGS.values():
+        if arms_of(setting):
+            plot(setting, docs / f"worth_{setting.name}.png")
+            parts += [result_part(setting), cost_part(setting)]
+    page = docs / "worth.md"
+    write_page(page, title="What sleep is worth", command="python -m benchmarks.worth", intro=INTRODUCTION, parts=parts)
+    print(page.read_text(encoding="utf-8"))

@@ -1,0 +1,98 @@
+"""The experiments: their runs go on where they stopped, and their tables say what the files say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks import arms, statistic, worth, worth_page, worth_runs
+from sleepify import SleepForCausalLM
+
+SMALL = {"per_device_train_batch_size": 4, "test_examples": 16, "curve_examples": 3}
+SETTING = replace(
+    arms.SETTINGS["hops8"],
+    arms=("n4", "n1", "full", "n1_compute", "sliding", "n1_2x"),
+    base_changes={"max_steps": 2, **SMALL},
+    tuned_changes={"max_steps": 2, **SMALL},
+    seeds=(0,),
+)
+
+
+@pytest.fixture
+def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    threads = torch.get_num_threads()
+    monkeypatch.setitem(arms.SETTINGS, "hops8", SETTING)
+    monkeypatch.setattr(worth_runs, "CURVE_STEPS", 1)
+    for module, name in product((worth_runs, worth_page), ("FINISHED", "MODELS")):
+        monkeypatch.setattr(module, name, tmp_path / name.lower())
+    yield tmp_path
+    torch.set_num_threads(threads)
+
+
+def test_all_arms_run_from_one_base_and_are_written_up(folder: Path) -> None:
+    worth.main(["--settings", "hops8", "--docs", str(folder / "docs")])
+    page = (folder / "docs" / "worth.md").read_text(encoding="utf-8")
+    assert (folder / "docs" / "worth_hops8.png").read_bytes().startswith(b"\x89PNG")
+    runs = {name: worth_runs.read("hops8", name, 0) for name in SETTING.arms}
+    for name, run in runs.items():
+        assert run is not None and f"| {arms.ARMS[name].label} |" in page
+        assert run.report.difficulties == list(range(1, 9)) and len(run.report.answered[0]) == 16 * 5
+        assert [point.step for point in run.curve] == list(range(1, run.steps + 1))
+        assert run.cpu_seconds == run.curve[-1].cpu_seconds > 0
+    # A run that goes on counts what was before it.
+    assert (runs["n1"].steps, runs["n1_compute"].steps) == (2, 5)
+    assert runs["n1_compute"].curve[:2] == runs["n1"].curve
+    models = {
+        name: AutoModelForCausalLM.from_pretrained(folder / "models" / "hops8" / f"{name}_seed0")
+        for name in ("base", "base_2x", *SETTING.arms)
+    }
+    assert [len(models[name].model.layers) for name in ("base", "base_2x", "full")] == [2, 4, 2]
+    assert models["sliding"].config.sliding_window == 16
+    assert set(models["sliding"].config.layer_types) == {"sliding_attention"}
+    assert isinstance(models["n1_2x"], SleepForCausalLM) and models["n1_2x"].config.loop_range == [0, 4]
+    costs = json.loads((folder / "finished" / "hops8" / "costs.json").read_text(encoding="utf-8"))
+    assert costs["n4"]["cache_bytes"] == 0 and costs["full"]["state_bytes"] == 0
+    assert costs["n4"]["tokens"] == costs["full"]["tokens"] == 16
+    # Two layers, keys and values of two heads of 32, float32.
+    assert costs["full"]["cache_bytes"] == 2 * 2 * 16 * 64 * 4
+    assert 3 < costs["n4"]["operations"] / costs["n1"]["operations"] < 4
+    assert costs["full"]["operations"] < costs["n1"]["operations"]
+
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
+    worth.main(["--settings", "hops8", "--docs", str(folder / "docs")])
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")} == before, "nothing is run twice"
+
+
+def test_two_processes_never_take_the_same_run(folder: Path) -> None:
+    with worth_runs.claimed(folder / "run.lock") as first, worth_runs.claimed(folder / "run.lock") as second:
+        assert first and not second
+    with worth_runs.claimed(folder / "run.lock") as again:
+        assert again
+
+
+def test_settings_name_arms_and_files_that_there_are() -> None:
+    for name, setting in arms.SETTINGS.items():
+        assert setting.name == name and set(setting.arms) <= set(arms.ARMS)
+        assert (arms.CONFIGS / setting.base).is_file() and (arms.CONFIGS / setting.config).is_file()
+    for name, arm in arms.ARMS.items():
+        assert arm.name == name and (arm.goes_on is None or arm.goes_on in arms.ARMS)
+
+
+def test_statistics_by_hand() -> None:
+    assert statistic.over_seeds([0.5]) == (0.5, None)
+    mean, half = statistic.over_seeds([0.5, 0.6, 0.7])
+    # 4.303 * 0.1 / sqrt(3)
+    assert mean == pytest.approx(0.6) and half == pytest.approx(0.24843, abs=1e-5)
+    assert statistic.spread(mean, half) == "60.0 ± 24.8"
+    # 8 against 1: 2 (C(9, 0) + C(9, 1)) / 2^9.
+    assert statistic.mcnemar("1" * 10 + "0", "0" * 8 + "111") == (8, 1, pytest.approx(20 / 512))
+    assert statistic.mcnemar("0101", "0101") == (0, 0, 1.0)
+    with pytest.raises(ValueError, match="zip"):
+        statistic.mcnemar("01", "011")

@@ -152,7 +152,7 @@ def _rows(arguments: EvaluateArguments, data: DatasetArguments) -> TextRows | No
         return None
     config: Any = AutoConfig.from_pretrained(arguments.model)
     own: tuple[Any, int | None] = reach(config) if isinstance(config, SleepConfig) else (None, longest_of(config))
-    window = (arguments.window_sizes or [own[0] or noted.get("window_size")])[0]
+    window: Any = arguments.window_sizes[0] if arguments.window_sizes else own[0] or noted.get("window_size")
     if window is None:
         raise ValueError(f"expected window_sizes, by which to tell distances: {arguments.model} does not sleep")
     tokenizer = tokenizer_of(arguments.model, arguments.tokenizer)
@@ -171,7 +171,9 @@ def _by_distance(model: Any, rows: TextRows, arguments: EvaluateArguments) -> li
         "pad_id": pad_token(tokenizer_of(arguments.model, arguments.tokenizer)),
     }
     sleeps = isinstance(model, SleepForCausalLM)
-    sizes = arguments.window_sizes or [_noted(arguments.model).get("window_size")]
+    sizes: list[Any] = [_noted(arguments.model).get("window_size")]
+    if arguments.window_sizes:
+        sizes = arguments.window_sizes
     settings: list[Any] = [(None, size) for size in sizes]
     if sleeps or arguments.n_loops is not None:
         settings = settings_of(model, arguments.n_loops, arguments.window_sizes)

@@ -97,8 +97,7 @@ class Session(SessionModel):
 
         Args:
             text: of any length. BOS stands before the first text of a session only.
-            progress: is called with the number of tokens read and to be read, every few windows; by default a long
-                text has a progress bar of transformers.
+            progress: called every few windows with tokens read and to be read; by default a long text has a bar.
             n_loops: another N for the sleeps that this takes, or "auto".
             ephemeral: read it awake until the next sleep, and keep it in no state and no file; what is asked and said
                 meanwhile sees it. After that sleep it is as if it had not been read. It ends no document.

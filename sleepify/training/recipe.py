@@ -145,7 +145,7 @@ def run(name: str | None = None, argv: Sequence[str] | None = None, description:
     output = Path(str(training.output_dir))
     set_seed(training.seed)
     # Tasks that write in ids of their own take bases that never had a tokenizer.
-    tokenizer = load_tokenizer(recipe.model) if recipe.task.reads_text else None
+    tokenizer: Any = load_tokenizer(recipe.model) if recipe.task.reads_text else None
     task, test_task = (recipe.task.build(test, tokenizer) for test in (False, True))
     pad_id = pad_token(tokenizer)
     model: Any = build_model(recipe.model, recipe.sleep, getattr(task, "vocab_size", None) or len(tokenizer))

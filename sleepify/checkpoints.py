@@ -247,8 +247,8 @@ class SleepCheckpoint(PreTrainedModel):
             from peft import set_peft_model_state_dict
 
             state = {key.removeprefix("base_model.model."): value for key, value in held.items()}
-            missing &= set(set_peft_model_state_dict(self, state, adapter_name or "default").missing_keys)
-            info.missing_keys = missing
+            loaded: Any = set_peft_model_state_dict(self, state, adapter_name or "default")
+            info.missing_keys = missing = missing & set(loaded.missing_keys)
         if missing:
             raise CheckpointError(
                 f"expected an adapter with all its weights, {len(missing)} are missing "

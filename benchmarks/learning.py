@@ -96,9 +96,9 @@ class Runs:
         fields = {
             "variant": variant,
             "seed": seed,
-            "steps": result.train_steps,
-            "seconds": result.train_seconds,
-            "cpu_seconds": result.cpu_seconds,
+            "steps": result.spent.train_steps,
+            "seconds": result.spent.train_seconds,
+            "cpu_seconds": result.spent.cpu_seconds,
             "report": json.loads(result.report.to_json()),
         }
         # Under another name until it is whole, so that a run that was stopped is run again.

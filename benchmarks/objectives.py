@@ -165,7 +165,7 @@ class Runs:
         # JSON is YAML.
         (place / f"{name}.yaml").write_text(json.dumps(fields), encoding="utf-8")
         result = recipe.run("sft", [str(place / f"{name}.yaml"), "--output_dir", str(place / name)])
-        return {"steps": result.train_steps, "cpu_seconds": result.cpu_seconds}
+        return {"steps": result.spent.train_steps, "cpu_seconds": result.spent.cpu_seconds}
 
     def _keep(self, arm: str, seed: int, model: Path | None, spent: dict[str, Any]) -> None:
         """Test and write the file, under another name until it is whole."""

@@ -117,7 +117,7 @@ def train(setting: Setting, name: str, seed: int, config: str, changes: dict[str
             setting=setting.name,
             arm=name,
             seed=seed,
-            steps=result.train_steps,
+            steps=result.spent.train_steps,
             cpu_seconds=result.curve[-1].cpu_seconds,
             report=result.report,
             curve=list(result.curve),

@@ -12,7 +12,7 @@ from transformers.utils.generic import can_return_tuple
 
 from sleepify.keywords import refuse, refuse_unequal_ranks
 from sleepify.packing import Marks
-from sleepify.reading import Reading
+from sleepify.reading import Call, Reading
 
 
 class Backbone(nn.Module):
@@ -36,7 +36,7 @@ class Backbone(nn.Module):
         self,
         parts: dict[str, nn.Module],
         config: Any,
-        read: Callable[..., Reading],
+        read: Callable[[Call], Reading],
         layers: Callable[[], Iterable[nn.Module]],
     ) -> None:
         super().__init__()
@@ -81,6 +81,6 @@ class Backbone(nn.Module):
         if kwargs.get("awake") is None:
             refuse_unequal_ranks(self._layers())
         marks = Marks(**{field.name: kwargs.pop(field.name, None) for field in fields(Marks)})
-        reading = self._read(*args, **kwargs, marks=marks)
+        reading = self._read(Call(*args, **kwargs, marks=marks))
         hidden = reading.last_hidden_state()
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=reading.keep())

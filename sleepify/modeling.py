@@ -28,7 +28,7 @@ from sleepify.loss import Objective, check_count, cross_entropy
 from sleepify.on_demand import SleepOnDemand
 from sleepify.packing import Marks
 from sleepify.precision import cast_per_use
-from sleepify.reading import Reading
+from sleepify.reading import Call, Reading
 from sleepify.recompute import SleepRecompute
 from sleepify.rows import NO_COLUMNS, Rows
 from sleepify.schedule import schedule
@@ -274,49 +274,26 @@ class SleepForCausalLM(
         check_count(num_items_in_batch)
         boundaries = (seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         marks = Marks(position_ids, cache_position, token_type_ids, *boundaries)
-        reading = self._read(
-            input_ids,
-            attention_mask,
-            past_key_values,
-            labels,
-            use_cache,
-            logits_to_keep,
-            n_loops,
-            awake,
-            marks,
-            ephemeral,
-        )
+        context = Call(input_ids, attention_mask, past_key_values, n_loops, marks, awake, ephemeral)
+        call = replace(context, use_cache=use_cache, labels=labels, logits_to_keep=logits_to_keep)
+        reading = self._read(call)
         loss, logits = reading.predict(num_items_in_batch, check_positive("loss_pieces", loss_pieces))
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=reading.keep())
 
-    def _read(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        past_key_values: SleepCache | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor | None = None,
-        n_loops: Loops | None = None,
-        awake: Tensor | None = None,
-        marks: Marks | None = None,
-        ephemeral: Tensor | None = None,
-    ) -> Reading:
+    def _read(self, call: Call) -> Reading:
         """Read tokens as `forward` says, for what it or the backbone does with them."""
-        if past_key_values is not None and not isinstance(past_key_values, SleepCache):
-            raise ValueError(f"expected past_key_values to be a SleepCache, got {type(past_key_values).__name__}")
+        cache, labels, awake, use_cache = call.past_key_values, call.labels, call.awake, call.use_cache
+        if cache is not None and not isinstance(cache, SleepCache):
+            raise ValueError(f"expected past_key_values to be a SleepCache, got {type(cache).__name__}")
         if awake is None and (self.training or labels is not None or torch.is_grad_enabled()):
             refuse_unequal_ranks(self.blocks.layers)
-        if logits_to_keep is None and labels is not None and self.training and not self.logits_in_training:
-            logits_to_keep = NO_COLUMNS
-        settings = self.options(n_loops)
+        if call.logits_to_keep is None and labels is not None and self.training and not self.logits_in_training:
+            call = replace(call, logits_to_keep=NO_COLUMNS)
+        settings = self.options(call.n_loops)
         if awake is not None and isinstance(settings, Adaptive):
             raise ValueError('expected a number for n_loops with `awake`, which fixes the calls of layers, got "auto"')
         blocks = self.host_of(settings)
-        cache = past_key_values
-        kept = labels is None if use_cache is None else use_cache
-        given = (input_ids, attention_mask, labels, awake, logits_to_keep)
-        session, tokens = self._take_in(*given, cache, settings, kept, marks, ephemeral)
+        session, tokens = self._take_in(call, settings, kept=labels is None if use_cache is None else use_cache)
         if use_cache is None:
             by_default = not (labels is not None or self.training or tokens.right_padded or tokens.packed)
             use_cache = cache is not None or by_default
@@ -353,24 +330,14 @@ class SleepForCausalLM(
             after = replace(after, columns=after.columns + tokens.lasting_columns())
         return Reading(blocks, pieces, plan, tokens, cache, after, self.objective, whole=awake is not None)
 
-    def _take_in(
-        self,
-        input_ids: Tensor,
-        mask: Tensor | None,
-        labels: Tensor | None,
-        awake: Tensor | None,
-        keep: int | Tensor | None,
-        cache: SleepCache | None,
-        settings: Settings,
-        kept: bool,
-        marks: Marks | None,
-        ephemeral: Tensor | None,
-    ) -> tuple[Snapshot, Rows]:
+    def _take_in(self, call: Call, settings: Settings, kept: bool) -> tuple[Snapshot, Rows]:
         """The session that a call goes on from, and its batch, before which comes what the session must read first."""
-        vocabulary = self.config.text_config.vocab_size
+        cache, input_ids = call.past_key_values, call.input_ids
         past = None if cache is None else cache.get_seq_length()
         read = None if cache is None else cache.text_lengths()
-        tokens = Rows.of(input_ids, mask, labels, awake, keep, vocabulary, past, marks, read, ephemeral)
+        asked = (call.attention_mask, call.labels, call.awake, call.logits_to_keep)
+        vocabulary = self.config.text_config.vocab_size
+        tokens = Rows.of(input_ids, *asked, vocabulary, past, call.marks, read, call.ephemeral)
         owner, window_size = self.owner_of(settings), settings.window_size
         if cache is None:
             return Snapshot.empty(owner, len(tokens.lengths), window_size, input_ids.device, kept), tokens

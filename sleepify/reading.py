@@ -1,4 +1,4 @@
-"""What one call has read: hidden states of the wanted tokens, and what a caller wants to have of them."""
+"""What one call is asked to read, and what it has read: hidden states, and what a caller wants to have of them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,27 @@ from torch import Tensor
 from sleepify.cache import SleepCache
 from sleepify.hosts import Host
 from sleepify.loss import Asked, Objective
+from sleepify.packing import Marks
 from sleepify.rows import Rows
 from sleepify.schedule import Schedule
+from sleepify.settings import Loops
 from sleepify.snapshot import Snapshot
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is read, as `SleepForCausalLM.forward` explains it; ``marks`` are its keywords about positions."""
+
+    input_ids: Tensor
+    attention_mask: Tensor | None = None
+    past_key_values: SleepCache | None = None
+    n_loops: Loops | None = None
+    marks: Marks | None = None
+    awake: Tensor | None = None
+    ephemeral: Tensor | None = None
+    use_cache: bool | None = None
+    labels: Tensor | None = None
+    logits_to_keep: int | Tensor | None = None
 
 
 @dataclass(frozen=True)

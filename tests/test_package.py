@@ -59,7 +59,7 @@ EDGES: dict[str, set[str]] = {
     "rows": {"packing"},
     "keywords": {"errors"},
     "recompute": {"memory", "settings", "snapshot"},
-    "reading": {"cache", "hosts", "loss", "rows", "schedule", "snapshot"},
+    "reading": {"cache", "hosts", "loss", "packing", "rows", "schedule", "settings", "snapshot"},
     "backbone": {"keywords", "packing", "reading"},
     "fast_weights": {"ops", "config"},
     "models": {"fast_weights"},

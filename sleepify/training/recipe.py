@@ -8,29 +8,26 @@ A recipe is started with a YAML file, and every field of it, or any other, can b
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import set_seed
 
 from sleepify.files import written_beside
 from sleepify.training.arguments import SleepTrainingArguments
 from sleepify.training.curve import CURVE, Curve, Point
-from sleepify.training.data import SleepCollator, TaskDataset
+from sleepify.training.data import TaskDataset
 from sleepify.training.evaluate import Report, evaluate, plot
+from sleepify.training.fitting import Spent, fit, trainer_of, write_notes
 from sleepify.training.model_arguments import ModelArguments, build_model, load_tokenizer, pad_token
-from sleepify.training.processes import note_single_process
-from sleepify.training.runs import MERGED, TASK, remove_drafts
+from sleepify.training.runs import TASK
 from sleepify.training.settings import parse_dataclasses, peek, suggest
 from sleepify.training.sft import run as run_sft
 from sleepify.training.sleep_arguments import SleepArguments
 from sleepify.training.task_arguments import RECIPES, TaskArguments
 from sleepify.training.text_data import DatasetArguments
-from sleepify.training.trainer import SleepTrainer
 
 REPORT = "report.json"
 KINDS: dict[str, type[TaskArguments] | type[DatasetArguments]] = {**RECIPES, "sft": DatasetArguments}
@@ -77,17 +74,13 @@ class Result:
 
     Args:
         report: of the test by difficulty; None for one's own data.
-        curve: of the tests on the way.
-        train_steps: optimiser steps of the run, those before a resume too.
-        train_seconds: wall time of the training in this process.
-        cpu_seconds: processor time of it; on a busy machine the better measure of work on the CPU.
+        spent: on the training.
         results: of the test on one's own data.
+        curve: of the tests on the way.
     """
 
     report: Report | None
-    train_steps: int
-    train_seconds: float
-    cpu_seconds: float
+    spent: Spent
     results: dict[str, Any] | None = None
     curve: Sequence[Point] = ()
 
@@ -138,25 +131,16 @@ def run(name: str | None = None, argv: Sequence[str] | None = None, description:
     """
     recipe = parse(name, argv, description)
     if isinstance(recipe.task, DatasetArguments):
-        results = run_sft(recipe, recipe.task)
-        spent = {name: results[name] for name in ("train_steps", "train_seconds", "cpu_seconds")}
-        return Result(None, **spent, results=results)
+        spent, results = run_sft(recipe, recipe.task)
+        return Result(None, spent, results=results)
     training = recipe.training
     output = Path(str(training.output_dir))
     set_seed(training.seed)
     # Tasks that write in ids of their own take bases that never had a tokenizer.
     tokenizer: Any = load_tokenizer(recipe.model) if recipe.task.reads_text else None
     task, test_task = (recipe.task.build(test, tokenizer) for test in (False, True))
-    pad_id = pad_token(tokenizer)
     model: Any = build_model(recipe.model, recipe.sleep, getattr(task, "vocab_size", None) or len(tokenizer))
-    trainer = SleepTrainer(
-        model=model,
-        args=training,
-        train_dataset=TaskDataset(task),
-        data_collator=SleepCollator(pad_id),
-        processing_class=tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None,
-    )
-    note_single_process(training)
+    trainer = trainer_of(model, training, tokenizer, train_dataset=TaskDataset(task))
 
     def test(n_examples: int) -> Report:
         return evaluate(
@@ -166,31 +150,19 @@ def run(name: str | None = None, argv: Sequence[str] | None = None, description:
             n_loops=recipe.test.test_n_loops,
             window_sizes=recipe.test.test_window_sizes,
             batch_size=training.per_device_eval_batch_size,
-            pad_id=pad_id,
+            pad_id=pad_token(tokenizer),
         )
 
     curve = Curve(lambda: test(recipe.test.curve_examples), recipe.test.curve_steps, output / CURVE)
     if recipe.test.curve_steps:
         trainer.add_callback(curve)
-    if trainer.is_world_process_zero():
-        remove_drafts(output / MERGED)
-    started, cpu_started = time.perf_counter(), time.process_time()
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-    trainer.save_model()
+    spent = fit(trainer)
     report = test(recipe.test.test_examples)
     if trainer.is_world_process_zero():
         write_report(report, output / REPORT)
         described = {"recipe": recipe.name, "task": asdict(recipe.task), "tokenizer": recipe.model.tokenizer}
-        folders = [output]
-        if recipe.model.lora_r:
-            # The adapters are saved already; a model with them folded in is one that anything can load.
-            model.merge_and_unload().save_pretrained(output / MERGED)
-            folders.append(output / MERGED)
-        for folder in folders:
-            with written_beside(folder / TASK) as draft:
-                draft.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-    return Result(report, trainer.state.global_step, seconds, cpu_seconds, curve=curve.points)
+        write_notes(model, output, tokenizer, bool(recipe.model.lora_r), {TASK: described})
+    return Result(report, spent, curve=curve.points)
 
 
 def write_report(report: Report, path: Path) -> None:

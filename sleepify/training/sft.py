@@ -6,9 +6,7 @@ What can be wrong with a dataset is said before a model is loaded.
 
 from __future__ import annotations
 
-import json
 import logging
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +15,11 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, 
 
 from sleepify.config import SleepConfig
 from sleepify.defaults import MAX_DEFAULT_WINDOW, resolve
-from sleepify.files import written_beside
-from sleepify.training.data import SleepCollator
+from sleepify.training.fitting import Spent, fit, trainer_of, write_notes
 from sleepify.training.model_arguments import build_model, load_tokenizer, new_architecture, pad_token
-from sleepify.training.runs import MERGED, TASK, remove_drafts
+from sleepify.training.runs import TASK
 from sleepify.training.text_data import DatasetArguments, TextData, TextRows, TextStream, load_text
 from sleepify.training.text_evaluate import evaluate_text, table
-from sleepify.training.trainer import SleepTrainer
 
 if TYPE_CHECKING:
     from sleepify.training.recipe import Recipe
@@ -32,11 +28,11 @@ logger = logging.getLogger(__name__)
 RESULTS = "results.json"
 
 
-def run(recipe: Recipe, data: DatasetArguments) -> dict[str, Any]:
+def run(recipe: Recipe, data: DatasetArguments) -> tuple[Spent, dict[str, Any]]:
     """Train on a dataset, save, test on its held-out rows.
 
     Returns:
-        What is written to ``results.json``, with the steps and seconds of the training.
+        What was spent on the training, and what is written to ``results.json``, which says that too.
 
     Raises:
         DatasetError: for a dataset that does not fit, see `load_text`.
@@ -62,36 +58,13 @@ def run(recipe: Recipe, data: DatasetArguments) -> dict[str, Any]:
         )
     if training.train_sampling_strategy == "random":
         training.train_sampling_strategy = "group_by_length"
-    pad_id = pad_token(tokenizer)
     model: Any = build_model(recipe.model, recipe.sleep, len(tokenizer))
-    trainer = SleepTrainer(
-        model=model,
-        args=training,
-        train_dataset=text.train,
-        eval_dataset=text.held_out,
-        data_collator=SleepCollator(pad_id),
-        processing_class=tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None,
-    )
-    if trainer.is_world_process_zero():
-        remove_drafts(output / MERGED)
-    started, cpu_started = time.perf_counter(), time.process_time()
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-    trainer.save_model()
-    results = describe(recipe, text, window_size) | {
-        "train_steps": trainer.state.global_step,
-        "train_seconds": seconds,
-        "cpu_seconds": cpu_seconds,
-    }
+    trainer = trainer_of(model, training, tokenizer, train_dataset=text.train, eval_dataset=text.held_out)
+    spent = fit(trainer)
+    results = describe(recipe, text, window_size) | asdict(spent)
     if text.held_out is not None:
-        results |= _test(recipe, trainer.model_wrapped, text.held_out, window_size, pad_id)
+        results |= _test(recipe, trainer.model_wrapped, text.held_out, window_size, pad_token(tokenizer))
     if trainer.is_world_process_zero():
-        folders = [output]
-        if recipe.model.lora_r:
-            model.merge_and_unload().save_pretrained(output / MERGED)
-            folders.append(output / MERGED)
-            if isinstance(tokenizer, PreTrainedTokenizerBase):
-                tokenizer.save_pretrained(output / MERGED)
         described = {
             "recipe": recipe.name,
             "task": asdict(data),
@@ -100,12 +73,10 @@ def run(recipe: Recipe, data: DatasetArguments) -> dict[str, Any]:
             "seed": training.seed,
             "window_size": window_size,
         }
-        for folder in folders:
-            for name, content in ((RESULTS, results), (TASK, described)):
-                with written_beside(folder / name) as draft:
-                    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        notes = {RESULTS: results, TASK: described}
+        write_notes(model, output, tokenizer, bool(recipe.model.lora_r), notes)
         print(table(results))
-    return results
+    return spent, results
 
 
 def _reach(recipe: Recipe, tokenizer: Any) -> tuple[int, int | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, ClassVar
 
 from torch import nn
@@ -81,6 +81,6 @@ class Backbone(nn.Module):
         if kwargs.get("awake") is None:
             refuse_unequal_ranks(self._layers())
         marks = Marks(**{field.name: kwargs.pop(field.name, None) for field in fields(Marks)})
-        reading = self._read(Call(*args, **kwargs, marks=marks))
+        reading = self._read(replace(Call(*args, **kwargs), marks=marks))
         hidden = reading.last_hidden_state()
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=reading.keep())

@@ -74,6 +74,9 @@ EDGES: dict[str, set[str]] = {
     },
     "checkpoints": {"card", "config", "errors", "files", "fingerprint", "loader", "manifest", "peft"},
     "recording": {"memory", "modeling", "schedule"},
+    "probes": {
+        *("convergence", "files", "generation", "memory", "modeling", "recording", "rows", "settings", "tasks"),
+    },
     "calibration": {"convergence", "generation", "modeling", "recording", "rows", "settings"},
     "retrofit": {"config", "defaults", "fingerprint", "hosts", "modeling", "settings"},
     "training": {

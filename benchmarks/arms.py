@@ -85,8 +85,29 @@ ARMS: dict[str, Arm] = {
         Arm("twice", "read twice, N = 1", {"n_loops": 1, "n_reads": 2}),
         Arm("all_n", "sleep, a loss after every pass of N = 4", {"n_loops": 4, "pass_loss": "all"}),
         Arm("sliding", "sliding window alone", {**PLAIN, "model_config": "sliding"}),
+        # Ablations of n4, each in one thing.
+        Arm("jet", "N = 4, rule jet", {"n_loops": 4, "fast_weights_rule": "jet"}),
+        Arm("mamba2", "N = 4, rule mamba2", {"n_loops": 4, "fast_weights_rule": "mamba2"}),
+        Arm("loop_first", "N = 4, first layer looped", {"n_loops": 4, "loop_range": (0, 1)}),
+        Arm("loop_last", "N = 4, last layer looped", {"n_loops": 4, "loop_range": (1, 2)}),
+        Arm("insert_first", "N = 4, inserted after the first layer alone", {"n_loops": 4, "fast_weights_layers": (0,)}),
+        Arm("insert_last", "N = 4, inserted after the last layer alone", {"n_loops": 4, "fast_weights_layers": (1,)}),
+        # No query may lie in two windows, so the task is told of the window too; the queries stay the same.
+        Arm(
+            "half_window",
+            "N = 4, windows half as long, pairs in two of them",
+            {"n_loops": 4, "window_size": 8, "n_windows": 2},
+        ),
+        Arm("keep_keys", "N = 4, sliding eviction", {"n_loops": 4, "eviction": "sliding"}),
+        Arm("frozen", "N = 4, base frozen", {"n_loops": 4, "train_only": "fast_weights"}),
+        Arm("lora", "N = 4, base frozen, LoRA of rank 8", {"n_loops": 4, "lora_r": 8}),
     )
 }
+
+ABLATIONS = (
+    *("jet", "mamba2", "loop_first", "loop_last", "insert_first", "insert_last", "half_window", "keep_keys"),
+    *("frozen", "lora"),
+)
 
 HOPS = (
     "The pairs (a, f(a)) of a random cycle through {n} nodes are read in random order and evicted; then five nodes are "
@@ -125,6 +146,17 @@ SETTINGS: dict[str, Setting] = {
             ("n4", "n1", "full"),
             changes={"n_windows": 2, "n_queries": 2},
             tuned_changes={"window_size": 8},
+            seeds=(0,),
+        ),
+        # Defined, and tried at a few steps by the tests; no run of it has been made yet.
+        Setting(
+            "hops8_ablations",
+            "k hops along a cycle of 8 nodes, one thing changed at a time",
+            HOPS.format(n=8, every=250) + " Every arm is N = 4 with one thing changed: the rule, which layers are "
+            "looped, where layers are inserted, the window, what is evicted, and what of the base is trained.",
+            "hops_base.yaml",
+            "hops_small.yaml",
+            ("n4", *ABLATIONS),
             seeds=(0,),
         ),
     )

@@ -16,9 +16,12 @@ from benchmarks.worth_costs import Cost
 from benchmarks.worth_runs import FINISHED, MODELS, Run, finished
 from sleepify.files import written_beside
 from sleepify.training import recipe
+from sleepify.training.runs import MERGED
 
 OURS = "n4"
 FRONTIER = 0.9
+READING = {"n_reads", "n_windows", "window_size"}
+"""Fields by which an arm changes what is read before the question."""
 INTRODUCTION = """All arms of a setting begin with one base, which the same recipe has pretrained with full attention on
 the easy part of the task, and are trained on the same rows in the same order; "compute of N = 4" is N = 1 trained on
 until it has taken the processor time of N = 4. Exact match on held-out rows in per cent, with Student's 95% interval
@@ -92,7 +95,9 @@ def cost_part(setting: Setting) -> Part:
         if (folder := MODELS / setting.name / f"{name}_seed{seed}").exists() and name not in costs
     }
     for name, folder in at_hand.items():
-        costs[name] = worth_costs.measure(folder, text_of(setting, ARMS[name], seed))
+        # What LoRA has trained lies folded in beside its adapters.
+        whole = folder / MERGED if (folder / MERGED).exists() else folder
+        costs[name] = worth_costs.measure(whole, text_of(setting, ARMS[name], seed))
     if at_hand:
         worth_costs.write(costs, path)
     part = Part(
@@ -118,7 +123,7 @@ def cost_part(setting: Setting) -> Part:
 
 def text_of(setting: Setting, arm: Arm, seed: int) -> list[int]:
     """What an arm reads before the first question: whole windows."""
-    reads = {name: value for name, value in arm.changes.items() if name == "n_reads"}
+    reads = {name: value for name, value in arm.changes.items() if name in READING}
     changes = {"task_seed": seed, **setting.changes, **setting.tuned_changes, **reads}
     words = [word for name, value in changes.items() for word in (f"--{name}", str(value))]
     parsed = recipe.parse(None, [str(CONFIGS / setting.config), *words])

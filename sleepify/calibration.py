@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Any
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from sleepify.convergence import FEWEST, step_sizes, unrest
 from sleepify.generation import left_padded
-from sleepify.memory import Memory
 from sleepify.modeling import SleepForCausalLM
+from sleepify.recording import recorded
 from sleepify.rows import NO_COLUMNS
-from sleepify.schedule import Sleep
 from sleepify.settings import check_positive
 
 
@@ -92,47 +91,14 @@ def _threshold(recorded: Sequence[Sequence[float]], wanted: float, n_loops: int)
     return min(near, key=lambda threshold: abs(mean_passes(recorded, threshold, n_loops) - wanted))
 
 
-@torch.no_grad()
 def _record(model: SleepForCausalLM, texts: Sequence[Tensor], batch_size: int) -> list[list[float]]:
     """r_1 ... r_(N-1) of every sleep that reading these texts takes."""
-    recorder = _Recorder(model.options().loop_range)
-    before = (model.watch, model.branch, model.training)
-    model.eval()
-    model.watch, model.branch = recorder.watch, recorder.branch
-    try:
-        for first in range(0, len(texts), batch_size):
-            recorder.left = {}
-            ids, mask = left_padded([text.to(model.device) for text in texts[first : first + batch_size]])
+    steps, loop_range = [], model.options().loop_range
+    for first in range(0, len(texts), batch_size):
+        ids, mask = left_padded([text.to(model.device) for text in texts[first : first + batch_size]])
+        with recorded(model) as slept:
             model(ids, attention_mask=mask, use_cache=True, logits_to_keep=NO_COLUMNS)
-    finally:
-        model.watch, model.branch = before[:2]
-        model.train(before[2])
-    return recorder.steps
-
-
-class _Recorder:
-    """Looks at sleeps through a model's `watch` and `branch`.
-
-    Attributes:
-        left: what the latest sleep of each row has left.
-        steps: how far the passes of each sleep have moved the state, the last one apart.
-    """
-
-    def __init__(self, loop_range: Any) -> None:
-        self.left: dict[int, Memory] = {}
-        self.steps: list[list[float]] = []
-        self._loop_range = loop_range
-        self._after = Memory(0)
-
-    def watch(self, each: Sleep, after: Memory) -> None:
-        """What a sleep has left."""
-        self._after = after
-
-    def branch(self, each: Sleep, earlier: Sequence[Memory]) -> None:
-        """What its passes before the last have left, which is shown next."""
-        begins = [self.left.get(row, Memory(1)) for row in each.rows]
-        for place, row in enumerate(each.rows):
-            chain = [begins[place], *(memory.select([place]) for memory in earlier)]
-            pairs = zip(chain, chain[1:], strict=False)
-            self.steps.append([float(step_sizes(had, now, self._loop_range)) for had, now in pairs])
-            self.left[row] = self._after.select([place])
+        for each in slept:
+            pairs = pairwise(each.memories[:-1])
+            steps.append([float(step_sizes(had, now, loop_range)) for had, now in pairs])
+    return steps

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sleepify.memory import Memory
+from sleepify.memory import LayerKey, Memory
 from sleepify.schedule import Passes, passes
 from sleepify.settings import Adaptive, Settings
 
@@ -25,20 +25,34 @@ def step_sizes(before: Memory, after: Memory, loop_range: tuple[int, int]) -> Te
     Returns:
         [B], in the dtype of the state; 0 where there is no state.
     """
+    squares = list(_squares(before, after, loop_range).values())
+    if not squares:
+        return torch.zeros(after.batch_size)
+    moved, whole = (torch.stack(each).sum(0) for each in zip(*squares, strict=True))
+    return _share(moved, whole)
+
+
+def layer_step_sizes(before: Memory, after: Memory, loop_range: tuple[int, int]) -> dict[LayerKey, Tensor]:
+    """`step_sizes` of the state of each looped layer by itself, [B] each."""
+    return {key: _share(*squares) for key, squares in _squares(before, after, loop_range).items()}
+
+
+def _squares(before: Memory, after: Memory, loop_range: tuple[int, int]) -> dict[LayerKey, tuple[Tensor, Tensor]]:
+    """||S_n - S_(n-1)||^2 and ||S_n||^2 [B] of each looped layer."""
     start, stop = loop_range
-    moved: list[Tensor] = []
-    whole: list[Tensor] = []
+    squares = {}
     for key, layer in after.state.items():
         if layer.recurrent is None or not start <= key[0] < stop:
             continue
         now = layer.recurrent.detach().flatten(1)
         had = before.state[key].recurrent if key in before.state else None
-        moved.append((now if had is None else now - had.detach().flatten(1)).square().sum(1))
-        whole.append(now.square().sum(1))
-    if not whole:
-        return torch.zeros(after.batch_size)
-    square = torch.stack(whole).sum(0)
-    return (torch.stack(moved).sum(0) / square.clamp(min=torch.finfo(square.dtype).tiny)).sqrt()
+        moved = now if had is None else now - had.detach().flatten(1)
+        squares[key] = (moved.square().sum(1), now.square().sum(1))
+    return squares
+
+
+def _share(moved: Tensor, whole: Tensor) -> Tensor:
+    return (moved / whole.clamp(min=torch.finfo(whole.dtype).tiny)).sqrt()
 
 
 def unrest(steps: Sequence[float]) -> float:

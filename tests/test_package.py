@@ -73,7 +73,11 @@ EDGES: dict[str, set[str]] = {
         *("schedule", "settings", "sleep", "snapshot"),
     },
     "checkpoints": {"card", "config", "errors", "files", "fingerprint", "loader", "manifest", "peft"},
-    "calibration": {"convergence", "generation", "memory", "modeling", "rows", "schedule", "settings"},
+    "recording": {"memory", "modeling", "schedule"},
+    "probes": {
+        *("convergence", "files", "generation", "memory", "modeling", "recording", "rows", "settings", "tasks"),
+    },
+    "calibration": {"convergence", "generation", "modeling", "recording", "rows", "settings"},
     "retrofit": {"config", "defaults", "fingerprint", "hosts", "modeling", "settings"},
     "training": {
         *("config", "defaults", "errors", "fast_weights", "files", "hosts", "loss", "manifest", "memory", "modeling"),

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,13 @@ GSM_MODELS = {
     "qwen3.5_2b": ["hard", "lora"],
     "qwen3_1.7b": ["hard", "lora", "full_attention", "sliding_attention"],
     "olmo_hybrid_7b": ["hard"],
-    "gsm_inf": ["demo", "tiny"],
+    "gsm_inf": ["tiny"],
 }
 BASELINES = ["n1", "n1_compute", "n1_deep", "full_attention", "sliding_attention"]
 CONFIGS: dict[str, str] = {
     **{f"rule110_{name}": "rule110" for name in ["t32", "small", "tiny", *BASELINES]},
     **{f"depo_{name}": "depo" for name in ["k16", "tiny", *BASELINES]},
+    **{f"hops_{name}": "hops" for name in ["base", "small", "demo"]},
     "sft_tiny": "sft",
     **{f"{model}_{name}": "gsm_inf" for model, names in GSM_MODELS.items() for name in names},
 }
@@ -71,7 +73,8 @@ def test_configuration_builds_its_task_and_settings(name: str) -> None:
     assert recipe.training.output_dir == f"outputs/{name}"
     assert recipe.training.max_steps > 0 and recipe.training.seed == 0
     settings = recipe.sleep.settings()
-    assert {"n_loops", "window_size", "eviction", "loop_range"} <= settings.keys()
+    # A base to be retrofitted does not sleep.
+    assert {"n_loops", "window_size", "eviction", "loop_range"} <= settings.keys() or name == "hops_base"
     if CONFIGS[name] in ("rule110", "depo"):
         task, test_task = recipe.task.build(), recipe.task.build(test=True)
         assert settings["window_size"] == task.window_size == test_task.window_size
@@ -162,8 +165,12 @@ def test_command_line_goes_before_file_and_file_before_what_it_extends(tmp_path:
             r"for the recipe rule110, got `recipe: depo` \(.*child.yaml\); it is for recipes/depo.py",
         ),
         ({}, ["--recipe", "depo"], r"for the recipe rule110, got `recipe: depo` \(the command line\)"),
-        ({"recipe": "rule100"}, [], r"one of rule110, depo, gsm_inf, sft, got 'rule100' \(did you mean 'rule110'\?\)"),
-        ({"recipe": ["depo"]}, [], r"one of rule110, depo, gsm_inf, sft, got \['depo'\]"),
+        (
+            {"recipe": "rule100"},
+            [],
+            r"one of rule110, depo, hops, gsm_inf, sft, got 'rule100' \(did you mean 'rule110'\?\)",
+        ),
+        ({"recipe": ["depo"]}, [], r"one of rule110, depo, hops, gsm_inf, sft, got \['depo'\]"),
         ({"learning_rate": 1e-4}, [], "muon_learning_rate and adamw_learning_rate"),
         ({"fast_weights_rule": "gnd"}, [], "rule among gdn, jet, mamba2, got 'gnd'"),
         ({"n_loops": 0}, [], "n_loops to be a whole number of at least 1, got 0"),
@@ -188,7 +195,7 @@ def test_help_explains_every_field(name: str, capsys: pytest.CaptureFixture[str]
     if name != "evaluate":
         kinds = [recipes.KINDS[name], ModelArguments, SleepArguments, recipes.TestArguments]
     for kind in kinds:
-        for field in kind.__dataclass_fields__.values():
+        for field in fields(kind):
             assert f"--{field.name}" in shown and field.metadata["help"].strip()
 
 
@@ -250,6 +257,7 @@ SETTINGS: dict[str, Any] = {
     "eviction": "sliding",
     "loop_range": [1, 3],
     "checkpoint": "window",
+    "auto_threshold": 0.5,
     "backprop_loops": 2,
     "backprop_windows": 1,
     "offload": True,
@@ -350,7 +358,7 @@ def test_evaluate_finds_the_task_again(name: str, outputs: Path, tmp_path: Path)
 def test_evaluate_gives_the_perplexity_of_a_text(outputs: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The number of 5 equals 3 . " * 20, encoding="utf-8")
-    with pytest.raises(ValueError, match="give --task or --text_file"):
+    with pytest.raises(ValueError, match="give --task, --dataset or --text_file"):
         evaluate_checkpoint.run(["--model", str(save_base(tmp_path / "base"))])
     argv = ["--model", str(outputs / "gsm_inf"), "--task", "gsm_inf", "--n_examples", "1", "--device", "cpu"]
     extra = ["--tokenizer", "words", "--text_file", str(text), "--context", "40", "--n_loops", "1", "2"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from families import tokens
@@ -51,7 +53,7 @@ def test_generation_waits_to_learn_which_rows_have_ended(rows, eos, per_token):
     for n_tokens in (4, 16):
         how = {"min_new_tokens": n_tokens, "max_new_tokens": n_tokens, "eos_token_id": eos, "pad_token_id": 0}
         with far_away() as waits:
-            sent = send(sleeping()).eval()
+            sent = send(copy.deepcopy(model))
             made = sent.generate(FarTensor(ids), attention_mask=FarTensor(mask), past_key_values=SleepCache(), **how)
         assert made.near.tolist() == model.generate(ids, attention_mask=mask, **how).tolist()
         counts.append(sum("/sleepify/" in place for _, place in waits.seen))

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import arms, statistic, worth, worth_page, worth_runs
 from sleepify import SleepForCausalLM
+from sleepify.training import recipe
 
 SMALL = {"per_device_train_batch_size": 4, "test_examples": 16, "curve_examples": 3}
 SETTING = replace(
@@ -96,3 +97,47 @@ def test_statistics_by_hand() -> None:
     assert statistic.mcnemar("0101", "0101") == (0, 0, 1.0)
     with pytest.raises(ValueError, match="zip"):
         statistic.mcnemar("01", "011")
+
+
+@pytest.fixture
+def ablated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    setting = replace(SETTING, name="hops8_ablations", arms=arms.SETTINGS["hops8_ablations"].arms)
+    monkeypatch.setitem(arms.SETTINGS, "hops8_ablations", setting)
+    return folder
+
+
+@pytest.mark.parametrize("name", arms.ABLATIONS)
+def test_every_ablation_is_parsed_and_changes_one_thing(name: str) -> None:
+    setting, arm = arms.SETTINGS["hops8_ablations"], arms.ARMS[name]
+    parsed = [
+        recipe.parse(None, [str(arms.CONFIGS / setting.config), *worth_runs._words({"model": "base", **changes})])
+        for changes in (arm.changes, arms.ARMS["n4"].changes)
+    ]
+    ours, theirs = ({**vars(each.sleep), **vars(each.model), **vars(each.task)} for each in parsed)
+    trained = [each.training.train_only for each in parsed]
+    changed = {field for field in ours if ours[field] != theirs[field]} | (
+        {"train_only"} if len(set(trained)) > 1 else set()
+    )
+    assert changed == set(arm.changes) - {"n_loops"} and arm.changes["n_loops"] == 4
+    assert arm.layers == 1 and arm.steps == 1.0 and arm.goes_on is None
+
+
+def test_every_ablation_is_trained_and_written_up(ablated: Path) -> None:
+    worth.main(["--settings", "hops8_ablations", "--docs", str(ablated / "docs")])
+    page = (ablated / "docs" / "worth.md").read_text(encoding="utf-8")
+    base = AutoModelForCausalLM.from_pretrained(ablated / "models" / "hops8_ablations" / "base_seed0")
+    for name in ("n4", *arms.ABLATIONS):
+        run = worth_runs.read("hops8_ablations", name, 0)
+        assert run is not None and run.steps == 2 and page.count(f"| {arms.ARMS[name].label} |") == 2
+        folder = ablated / "models" / "hops8_ablations" / f"{name}_seed0"
+        model = AutoModelForCausalLM.from_pretrained(folder / "merged" if name == "lora" else folder)
+        assert isinstance(model, SleepForCausalLM) and model.config.n_loops == 4
+        moved = any(
+            not torch.equal(before, after)
+            for before, after in zip(base.parameters(), model.language_model.parameters(), strict=True)
+        )
+        assert moved == (name != "frozen")
+        if name in ("jet", "mamba2"):
+            assert model.config.fast_weights.rule == name
+        if name.startswith("insert"):
+            assert len(model.fast_weights) == 1

@@ -85,9 +85,9 @@ def sleepify(
             per loop, but keeps what projections and attention give and recomputes the rest.
         backprop_loops: gradient through the last k passes of a sleep only; None for all.
         backprop_windows: gradient through the last k sleeps of a row only; None for all.
+        auto_threshold: of the calls with ``n_loops="auto"``, under which a state has settled; see `calibrate`.
         offload: with ``checkpoint="window"``, keep the memory at window boundaries on the CPU until the backward pass.
         check_finite: look for NaN and infinity in the state after each sleep (costs a host-device sync).
-        auto_threshold: of the calls with ``n_loops="auto"``, under which a state has settled; see `calibrate`.
         base_model_revision: branch, tag or commit of a model that is given by name.
 
     Returns:

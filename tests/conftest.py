@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Shells that start a program in the background have it ignore Ctrl-C, and so all that it starts.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "flow(name): a row of docs/compatibility.md; see benchmarks/flows.py")
     if (path := config.getoption("--flows")) is not None:
         config.pluginmanager.register(flows.Recorder(path.absolute()))

@@ -274,9 +274,8 @@ class SleepForCausalLM(
         check_count(num_items_in_batch)
         boundaries = (seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         marks = Marks(position_ids, cache_position, token_type_ids, *boundaries)
-        context = Call(input_ids, attention_mask, past_key_values, n_loops, marks, awake, ephemeral)
-        call = replace(context, use_cache=use_cache, labels=labels, logits_to_keep=logits_to_keep)
-        reading = self._read(call)
+        context = (input_ids, attention_mask, past_key_values, n_loops, marks, awake, ephemeral)
+        reading = self._read(Call(*context, use_cache, labels, logits_to_keep))
         loss, logits = reading.predict(num_items_in_batch, check_positive("loss_pieces", loss_pieces))
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=reading.keep())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,3 +57,22 @@ def talker(**keywords: Any) -> SleepForCausalLM:
     with torch.random.fork_rng():
         torch.manual_seed(5)
         return sleeping(dtype=keywords.pop("dtype", torch.float64), **({"window_size": 12} | keywords))
+
+
+def run_example(example: str, model: SleepForCausalLM, words: Any, text: str, monkeypatch: Any) -> dict[str, Any]:
+    """What a page's example leaves: run in this folder, beside the checkpoint and the book that it names.
+
+    Args:
+        example: Python as a page has it.
+        model: saved as "my-model".
+        words: its tokenizer.
+        text: of "book.txt".
+        monkeypatch: shortens answers that the example does not limit.
+    """
+    Path("book.txt").write_text(text, encoding="utf-8")
+    model.save_pretrained("my-model")
+    words.save_pretrained("my-model")
+    monkeypatch.setattr("sleepify.generation.ANSWER", 5)
+    names: dict[str, Any] = {}
+    exec(compile(example, "example", "exec"), names)
+    return names

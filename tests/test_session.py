@@ -480,12 +480,7 @@ def test_the_documented_example_is_what_users_type(model, words, tmp_path, monke
     page = (ROOT / "docs" / "talk.md").read_text(encoding="utf-8")
     example = re.search(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[1]
     monkeypatch.chdir(tmp_path)
-    Path("book.txt").write_text(STORY * 9, encoding="utf-8")
-    model.save_pretrained("my-model")
-    words.save_pretrained("my-model")
-    monkeypatch.setattr("sleepify.generation.ANSWER", 5)
-    names: dict = {}
-    exec(compile(example, "docs/talk.md", "exec"), names)
+    names = talking.run_example(example, model, words, STORY * 9, monkeypatch)
     assert isinstance(names["session"], Session) and Path("book.safetensors").exists()
 
 

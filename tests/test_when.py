@@ -220,12 +220,7 @@ def test_readmes_session_is_what_users_type(model, words, tmp_path, monkeypatch,
     (example,) = [code for code in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S) if "Session(" in code]
     assert all(f"session.{name}(" in example for name in ("read", "ask", "say", "fork", "save"))
     monkeypatch.chdir(tmp_path)
-    Path("book.txt").write_text(STORY * 9, encoding="utf-8")
-    model.save_pretrained("my-model")
-    words.save_pretrained("my-model")
-    monkeypatch.setattr("sleepify.generation.ANSWER", 5)
-    names: dict = {}
-    exec(compile(example, "README.md", "exec"), names)
+    names = talking.run_example(example, model, words, STORY * 9, monkeypatch)
     session = names["session"]
     assert isinstance(session, Session) and Path("book.safetensors").exists()
     same(session.cache, names["other"].cache)

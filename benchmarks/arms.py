@@ -24,7 +24,8 @@ class Arm:
         changes: fields of the recipe.
         layers: of its base, as a multiple of the setting's.
         steps: training, as a multiple of the setting's.
-        goes_on: another arm, whose finished run it continues: rows and rates are the same up to there.
+        goes_on: another arm, whose finished run it continues where its model is at hand: rows and rates are the same up
+            to there.
     """
 
     name: str
@@ -65,6 +66,8 @@ class Setting:
 
 
 PLAIN = {"sleep": False}
+# One checkpoint for every N: tested with its own first, then with others.
+ANY_N = {"n_loops": 4, "test_n_loops": (4, 1, 2, 3, 6, 8)}
 # N = 4 takes 2.4 times the processor time of N = 1 in these settings: a step has a wake pass too.
 COMPUTE = 2.4
 
@@ -83,7 +86,8 @@ ARMS: dict[str, Arm] = {
         Arm("n1_2x", "sleep, N = 1, 2 x the layers", {"n_loops": 1}, layers=2),
         Arm("reread", "read 4 times, N = 1", {"n_loops": 1, "n_reads": 4}),
         Arm("twice", "read twice, N = 1", {"n_loops": 1, "n_reads": 2}),
-        Arm("all_n", "sleep, a loss after every pass of N = 4", {"n_loops": 4, "pass_loss": "all"}),
+        Arm("all_n", "a loss after every pass of N = 4", {**ANY_N, "pass_loss": "all"}),
+        Arm("one_n", "a loss after one pass, distilled from N = 4", {**ANY_N, "pass_loss": "one"}),
         Arm("sliding", "sliding window alone", {**PLAIN, "model_config": "sliding"}),
         # Ablations of n4, each in one thing.
         Arm("jet", "N = 4, rule jet", {"n_loops": 4, "fast_weights_rule": "jet"}),
@@ -124,7 +128,20 @@ SETTINGS: dict[str, Setting] = {
             HOPS.format(n=8, every=250),
             "hops_base.yaml",
             "hops_small.yaml",
-            ("n4", "n1", "full", "n1_compute", "reread", "full_2x", "full_4x", "full_long", "n2", "all_n", "twice"),
+            (
+                "n4",
+                "n1",
+                "full",
+                "n1_compute",
+                "reread",
+                "full_2x",
+                "full_4x",
+                "full_long",
+                "n2",
+                "all_n",
+                "one_n",
+                "twice",
+            ),
         ),
         Setting(
             "hops16",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -19,6 +20,8 @@ from sleepify.training import recipe
 from sleepify.training.runs import MERGED
 
 OURS = "n4"
+ALONE = ("n1", "n2", "n4")
+"""Arms trained for one N."""
 FRONTIER = 0.9
 READING = {"n_reads", "n_windows", "window_size"}
 """Fields by which an arm changes what is read before the question."""
@@ -41,11 +44,16 @@ def accuracies(runs: list[Run], difficulty: int) -> list[float]:
     return [run.report.of(*run.report.settings[0])[difficulty].accuracy for run in runs]
 
 
-def frontier(runs: list[Run]) -> int:
-    """The largest difficulty up to which every one is answered in at least `FRONTIER` of the queries."""
+def frontier(difficulties: Sequence[int], accuracy: Sequence[Sequence[float]]) -> int:
+    """The largest difficulty up to which every one is answered in at least `FRONTIER` of the queries.
+
+    Args:
+        difficulties: ascending.
+        accuracy: of each, by seed.
+    """
     reached = 0
-    for difficulty in runs[0].report.difficulties:
-        if over_seeds(accuracies(runs, difficulty))[0] < FRONTIER:
+    for difficulty, by_seed in zip(difficulties, accuracy, strict=True):
+        if over_seeds(by_seed)[0] < FRONTIER:
             break
         reached = difficulty
     return reached
@@ -75,12 +83,51 @@ def result_part(setting: Setting) -> Part:
         ["arm", "seeds", "steps", "CPU s", "frontier", *map(str, difficulties), "N = 4 only : it only"],
     )
     for name, runs in found.items():
-        cells = [spread(*over_seeds(accuracies(runs, difficulty))) for difficulty in difficulties]
+        reached = [accuracies(runs, difficulty) for difficulty in difficulties]
+        cells = [spread(*over_seeds(values)) for values in reached]
         steps, seconds = runs[0].steps, statistics.mean(run.cpu_seconds for run in runs)
         against = "" if name == OURS or OURS not in found else paired(found[OURS], runs)
         part.rows.append(
-            [ARMS[name].label, str(len(runs)), f"{steps:,}", f"{seconds:,.0f}", str(frontier(runs)), *cells, against]
+            [
+                ARMS[name].label,
+                str(len(runs)),
+                f"{steps:,}",
+                f"{seconds:,.0f}",
+                str(frontier(difficulties, reached)),
+                *cells,
+                against,
+            ]
         )
+    return part
+
+
+def any_n_part(setting: Setting) -> Part | None:
+    """One checkpoint for every N, a row per model and N it was tested with, beside the models trained for one N."""
+    found = arms_of(setting)
+    several = {name: runs for name, runs in found.items() if len(runs[0].report.settings) > 1}
+    if not several:
+        return None
+    difficulties = next(iter(found.values()))[0].report.difficulties
+    part = Part(
+        f"{setting.title}: one checkpoint for every N",
+        "Models that were trained to be woken after any pass, tested with other N, beside models that were trained for "
+        "one N alone.",
+        ["trained", "seeds", "tested with", "frontier", *map(str, difficulties)],
+    )
+    alone = {name: found[name] for name in ALONE if name in found}
+    for name, runs in (alone | several).items():
+        for setting_of_test in sorted(runs[0].report.settings):
+            reached = [[run.report.of(*setting_of_test)[each].accuracy for run in runs] for each in difficulties]
+            cells = [spread(*over_seeds(values)) for values in reached]
+            part.rows.append(
+                [
+                    ARMS[name].label,
+                    str(len(runs)),
+                    f"N = {setting_of_test[0]}",
+                    str(frontier(difficulties, reached)),
+                    *cells,
+                ]
+            )
     return part
 
 
@@ -168,7 +215,8 @@ def write(docs: Path) -> None:
     for setting in SETTINGS.values():
         if arms_of(setting):
             plot(setting, docs / f"worth_{setting.name}.png")
-            parts += [result_part(setting), cost_part(setting)]
+            made = (result_part(setting), any_n_part(setting), cost_part(setting))
+            parts += [part for part in made if part is not None]
     page = docs / "worth.md"
     write_page(page, title="What sleep is worth", command="python -m benchmarks.worth", intro=INTRODUCTION, parts=parts)
     print(page.read_text(encoding="utf-8"))

@@ -87,11 +87,11 @@ def claimed(path: Path) -> Iterator[bool]:
 
 def train(setting: Setting, name: str, seed: int, config: str, changes: dict[str, Any], goes_on: Path | None) -> None:
     """Train and test one model, unless that is done or another process is at it."""
-    if file_of(setting.name, name, seed).exists():
-        return
     folder = MODELS / setting.name / f"{name}_seed{seed}"
+    if is_done(setting, name, seed):
+        return
     with claimed(folder.with_suffix(".lock")) as mine:
-        if not mine or file_of(setting.name, name, seed).exists():
+        if not mine or is_done(setting, name, seed):
             return
         print(f"--- {setting.name}: {name}, seed {seed}", flush=True)
         if goes_on is not None and not folder.exists():
@@ -129,6 +129,12 @@ def train(setting: Setting, name: str, seed: int, config: str, changes: dict[str
             draft.write_text(json.dumps(asdict(run)) + "\n", encoding="utf-8")
 
 
+def is_done(setting: Setting, name: str, seed: int) -> bool:
+    """Whether nothing is left to train. Figures come with the repository, weights do not: a base needs both."""
+    weights = MODELS / setting.name / f"{name}_seed{seed}" / "config.json"
+    return file_of(setting.name, name, seed).exists() and (not name.startswith(BASE) or weights.exists())
+
+
 def _words(options: dict[str, Any]) -> list[str]:
     """Fields as a command line has them."""
     words: list[str] = []
@@ -158,14 +164,18 @@ def train_arm(setting: Setting, arm: Arm, seed: int) -> None:
     if file_of(setting.name, arm.name, seed).exists():
         return
     base = train_base(setting, arm.layers, seed)
-    if not file_of(setting.name, base_name(arm.layers), seed).exists():
+    if not is_done(setting, base_name(arm.layers), seed):
         # Another process trains it.
         return
     before = None
     if arm.goes_on is not None:
-        before = MODELS / setting.name / f"{arm.goes_on}_seed{seed}"
-        if not file_of(setting.name, arm.goes_on, seed).exists() or not before.exists():
+        if not file_of(setting.name, arm.goes_on, seed).exists():
+            # Another process trains it, or it is not wanted.
             return
+        before = MODELS / setting.name / f"{arm.goes_on}_seed{seed}"
+        if not before.exists():
+            # Its figures came with the repository, its weights did not: the same steps are taken again.
+            before = None
     tuned = load_config(CONFIGS / setting.config) | dict(setting.tuned_changes)
     own = dict(arm.changes)
     depth = tuned_depth(base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
@@ -19,7 +20,7 @@ from sleepify.training import recipe
 SMALL = {"per_device_train_batch_size": 4, "test_examples": 16, "curve_examples": 3}
 SETTING = replace(
     arms.SETTINGS["hops8"],
-    arms=("n4", "n1", "full", "n1_compute", "sliding", "n1_2x"),
+    arms=("n4", "n1", "full", "n1_compute", "sliding", "n1_2x", "all_n"),
     base_changes={"max_steps": 2, **SMALL},
     tuned_changes={"max_steps": 2, **SMALL},
     seeds=(0,),
@@ -47,6 +48,9 @@ def test_all_arms_run_from_one_base_and_are_written_up(folder: Path) -> None:
         assert run.report.difficulties == list(range(1, 9)) and len(run.report.answered[0]) == 16 * 5
         assert [point.step for point in run.curve] == list(range(1, run.steps + 1))
         assert run.cpu_seconds == run.curve[-1].cpu_seconds > 0
+    assert runs["all_n"].report.settings == [(n, 16) for n in (4, 1, 2, 3, 6, 8)]
+    for n in (1, 2, 3, 4, 6, 8):
+        assert page.count(f"| {arms.ARMS['all_n'].label} | 1 | N = {n} |") == 1
     # A run that goes on counts what was before it.
     assert (runs["n1"].steps, runs["n1_compute"].steps) == (2, 5)
     assert runs["n1_compute"].curve[:2] == runs["n1"].curve
@@ -69,6 +73,19 @@ def test_all_arms_run_from_one_base_and_are_written_up(folder: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
     worth.main(["--settings", "hops8", "--docs", str(folder / "docs")])
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")} == before, "nothing is run twice"
+
+
+def test_an_arm_goes_on_from_figures_whose_model_is_not_at_hand(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(arms.SETTINGS, "hops8", replace(SETTING, arms=("n1", "n1_compute")))
+    worth.main(["--settings", "hops8", "--docs", str(folder / "docs")])
+    whole = worth_runs.read("hops8", "n1_compute", 0)
+    # As in a fresh clone: the figures of the first arm are there, its weights are not.
+    shutil.rmtree(folder / "models")
+    worth_runs.file_of("hops8", "n1_compute", 0).unlink()
+    worth.main(["--settings", "hops8", "--docs", str(folder / "docs")])
+    again = worth_runs.read("hops8", "n1_compute", 0)
+    assert again is not None and whole is not None
+    assert (again.steps, again.report) == (whole.steps, whole.report)
 
 
 def test_two_processes_never_take_the_same_run(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """What sleep is for, shown on a CPU in minutes: `make demo`.
 
 A small Qwen3 learns to look one pair up in a list of pairs, with full attention: the pretrained base. Then the recipe
-(`accelerate launch recipes/hops.py`) fine-tunes it to walk 1 to 4 steps from pair to pair, four times on the same rows:
+(`accelerate launch recipes/hops.py`) fine-tunes it to walk one or two steps from pair to pair, four times on the same rows:
 with sleep at N = 4 and at N = 1, reading the list four times instead, and as it is, with its whole cache. The three
 first answer when the list is evicted. Shown are a table, a figure, one problem, and what a session costs. What it
 leaves (models, figure, numbers, logs) goes to outputs/demo, at once at the end.
@@ -42,6 +42,7 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONWARNINGS": "ignore",
     "PYTHONUNBUFFERED": "1",
+    "DS_ACCELERATOR": "cpu",
 }
 os.environ.update(QUIET)
 # So small a model is fastest on one thread; two are trained at a time.
@@ -85,7 +86,7 @@ class Run:
     config: str = "hops_demo"
 
 
-BASE = Run("base", "the base learns to look up", {}, "hops_base")
+BASE = Run("base", "the base learns to look up", {}, "hops_demo_base")
 OURS, ONCE, AGAIN, FULL = (
     Run("n4", "sleep, N = 4", {"n_loops": 4}),
     Run("n1", "sleep, N = 1", {"n_loops": 1}),

@@ -22,6 +22,7 @@ from sleepify.config import SleepConfig
 from sleepify.defaults import LiveSettings, resolve
 from sleepify.fast_weights import LAYERS, FastWeightLayer
 from sleepify.generation import SleepGeneration
+from sleepify.graphs import SleepCapture
 from sleepify.hosts import Host, host_class
 from sleepify.keywords import refuse, refuse_auto, refuse_unequal_ranks
 from sleepify.loss import Objective, check_count, cross_entropy
@@ -39,7 +40,7 @@ _INCIDENTAL = {"dtype", "torch_dtype", "architectures", "transformers_version", 
 
 
 class SleepForCausalLM(
-    SleepGeneration, SleepOnDemand, SleepRecompute, SleepCheckpoint, GenerationMixin
+    SleepGeneration, SleepOnDemand, SleepCapture, SleepRecompute, SleepCheckpoint, GenerationMixin
 ):  # transformers looks for the last by name
     """A base model that consolidates full windows of its context into fast weights.
 
@@ -88,6 +89,7 @@ class SleepForCausalLM(
             if getattr(module, "gradient_checkpointing", False):
                 module.gradient_checkpointing = False
         self._recompute = None
+        self._capture = self._graphs = None
         self._settings = LiveSettings(config.fast_weights)
         self._host: tuple[Any, Host | None] = (None, None)
         self.watch: algorithm.Watch | None = None
@@ -320,7 +322,7 @@ class SleepForCausalLM(
         # Where each pass is recomputed by itself, a cast per pass takes no more memory than one for all.
         with cast_per_use() if settings.checkpoint in ("loop", "selective") else nullcontext():
             session, pieces = algorithm.read(
-                blocks, session, tokens.ids, plan.rounds, settings, use_cache, self.watch, self.branch
+                self._waking(blocks), session, tokens.ids, plan.rounds, settings, use_cache, self.watch, self.branch
             )
         after = None
         if use_cache:

@@ -23,6 +23,8 @@ from sleepify.settings import Settings
 _COUNTS = ("open_lengths", "retained", "seen", "windows", "passes", "stale", "ephemeral")
 # An odd multiplier of full period modulo 2^64 (Knuth's), so that every token of a text moves every later digest.
 _MULTIPLIER = 6364136223846793005
+# Columns by which room for keys grows where ephemeral tokens fill more than a window.
+_PIECE = 64
 
 
 @dataclass(frozen=True)
@@ -229,11 +231,12 @@ class Snapshot:
     def awake(self, rows: Sequence[int], n_tokens: int, settings: Settings) -> Memory:
         """The memory that these rows go on with when they read so many tokens."""
         memory = self.memory.select(rows)
-        if self.fixed_shapes and (n_tokens == 1 or memory.room):
-            columns = settings.window_size + settings.retained + max(len(self.ephemeral[row]) for row in rows)
-            # Beyond them if this call has ephemeral tokens.
-            memory = memory.with_room(max(columns, max(memory.kv_lengths) + n_tokens), n_tokens)
-        return memory
+        # What is written in place is no value that a gradient could be taken through.
+        if not self.fixed_shapes or n_tokens > 1 or not memory.kv or torch.is_grad_enabled():
+            return memory.without_room()
+        # The window that is open, longer while one is slept on in the background; ephemeral tokens come beyond it.
+        columns, needed = self.open_ids.shape[1] + settings.retained, max(memory.kv_lengths) + 1
+        return memory.with_room(columns if needed <= columns else -(-needed // _PIECE) * _PIECE)
 
     def remember(self, rows: Sequence[int], memory: Memory) -> Snapshot:
         """With what reading awake left in these rows."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from sleepify.arena import Arena
 from sleepify.errors import UnsupportedModelError
 from sleepify.hosts.conventions import ATTENTION, BOTH, RECURRENT, find_decoder, find_norm, layer_kinds
 from sleepify.hosts.narrowing import Narrowing
@@ -40,6 +41,8 @@ class Frame:
         lengths: real tokens per row [B], None if all T are.
         embeddings: the embedded tokens [B, T, D] (for bases that read them again in later layers).
         keep_keys: whether keys and values are remembered.
+        place: the column [1] of its arena that a single token's keys and values are written into; None if the memory
+            has none.
     """
 
     position_ids: Tensor
@@ -48,6 +51,7 @@ class Frame:
     lengths: Tensor | None
     embeddings: Tensor
     keep_keys: bool
+    place: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -161,6 +165,9 @@ class Host:
         self, input_ids: Tensor, lengths: Sequence[int], positions: Sequence[int], memory: Memory, keep_keys: bool
     ) -> tuple[Tensor, Frame]:
         """Embed a window and make masks and rotary tables for it."""
+        if memory.arena is not None:
+            numbers = _sent([*positions, *memory.kv_lengths, memory.columns], input_ids.device)
+            return self.open_single(input_ids, numbers, memory.arena.columns)
         hidden = self.embed(input_ids)
         batch, width = input_ids.shape
         device = hidden.device
@@ -180,15 +187,41 @@ class Host:
             end = _sent([columns + length for length in lengths], device)[:, None]
             column = torch.arange(columns + width, device=device)[None, :]
             valid = (column >= first_real) & (column < end)
-        masks = self._masks(hidden, valid, columns, memory.room > 0, position_ids)
+        masks = self._masks(hidden, valid, columns, position_ids)
         return hidden, Frame(position_ids, masks, self.rotary(hidden, position_ids), real, hidden, keep_keys)
+
+    def open_single(self, input_ids: Tensor, numbers: Tensor, columns: int) -> tuple[Tensor, Frame]:
+        """The same for one more token of every row of a memory with an arena; no shape depends on how many it holds.
+
+        Args:
+            input_ids: [B, 1].
+            numbers: of each row, the token's position and how many keys it has; then the column that the token's
+                come into. [2B + 1].
+            columns: R, those of the arena.
+        """
+        hidden, batch = self.embed(input_ids), input_ids.shape[0]
+        numbers = numbers.to(hidden.device, non_blocking=True)
+        position_ids, have, place = numbers[:batch, None], numbers[batch:-1, None], numbers[-1:]
+        # How far back each column is of the token.
+        back = place - torch.arange(columns, device=hidden.device)
+        seen = (back >= 0) & (back <= have)
+        # To transformers the token stands in the last column, which sees all, and what it does not see is padding.
+        past = WindowCache(columns - 1, 1, place=place)
+        masks = {
+            reach: self._mask(None, hidden, seen if reach is None else seen & (back < reach), past, position_ids)
+            for reach in self._reaches
+        }
+        rotary = self.rotary(hidden, position_ids)
+        return hidden, Frame(position_ids, masks, rotary, None, hidden, keep_keys=True, place=place)
 
     def run(self, hidden_states: Tensor, memory: Memory, frame: Frame, start: int, stop: int) -> tuple[Tensor, Memory]:
         """Layers [start, stop) and what is inserted after them."""
-        width, columns = hidden_states.shape[1], memory.columns
-        state, kv = dict(memory.state), dict(memory.kv)
+        width, columns, arena = hidden_states.shape[1], memory.columns, memory.arena
+        if arena is not None:
+            columns = arena.columns - 1
+        state, kv = dict(memory.state), dict(memory.kv if arena is None else arena.kv)
         for index in range(start, stop):
-            cache = WindowCache(columns, width, state.get((index, 0)), kv.get(index), frame.keep_keys)
+            cache = WindowCache(columns, width, state.get((index, 0)), kv.get(index), frame.keep_keys, frame.place)
             hidden_states = self.layer(index, hidden_states, frame, cache)
             if (after := cache.written(hidden_states)) is not None:
                 state[(index, 0)] = after
@@ -199,7 +232,12 @@ class Host:
                 lengths = None if frame.lengths is None else frame.lengths.to(hidden_states.device)
                 hidden_states, own = layer(hidden_states, state.get((index, 1)), lengths)
                 state[(index, 1)] = LayerState(*own)
-        return hidden_states, replace(memory, state=state, kv=kv)
+        if arena is None:
+            return hidden_states, replace(memory, state=state, kv=kv)
+        if any(pair[0] is not arena.kv[index][0] for index, pair in kv.items()):
+            # In another dtype than before.
+            return hidden_states, replace(memory, state=state, arena=Arena(kv, arena.columns))
+        return hidden_states, replace(memory, state=state)
 
     def close_loop(self, hidden_states: Tensor) -> Tensor:
         """Most architectures hand the residual stream on as it is."""
@@ -298,14 +336,12 @@ class Host:
     def _is_flash(self) -> bool:
         return "flash" in (self.config._attn_implementation or "")
 
-    def _masks(
-        self, hidden: Tensor, valid: Tensor | None, columns: int, fixed_shapes: bool, position_ids: Tensor
-    ) -> dict[int | None, Any]:
+    def _masks(self, hidden: Tensor, valid: Tensor | None, columns: int, position_ids: Tensor) -> dict[int | None, Any]:
         """A mask per reach, in the form that the attention implementation wants."""
         total = columns + hidden.shape[1]
-        past = WindowCache(columns, hidden.shape[1], fixed_shapes=fixed_shapes)
+        past = WindowCache(columns, hidden.shape[1])
         # One token sees all there is.
-        bare = hidden.shape[1] == 1 and valid is None and not fixed_shapes
+        bare = hidden.shape[1] == 1 and valid is None
         bare = bare and (self._is_flash() or self.config._attn_implementation in _MASK_FREE)
         return {
             reach: None

@@ -163,7 +163,9 @@ class WakeGraphs:
         self, input_ids: Tensor, lengths: Sequence[int], positions: Sequence[int], memory: Memory, keep_keys: bool
     ) -> tuple[Tensor, Any]:
         """As `Host.open`; nothing is done yet for a token that is a graph."""
-        if memory.arena is None or torch.is_autocast_enabled(input_ids.device.type):
+        kind = input_ids.device.type
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        if memory.arena is None or autocast:
             return self.blocks.open(input_ids, lengths, positions, memory, keep_keys)
         return input_ids, _Single(torch.tensor([*positions, *memory.kv_lengths, memory.columns]))
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from sleepify.arena import Arena
 
+Value = TypeVar("Value")
 # (i, 0) is layer i of the host, (i, 1) the fast-weight layer inserted after it: sorted, the order in which they run.
 LayerKey = tuple[int, int]
 
@@ -176,7 +177,7 @@ class Memory:
         total = tuple(before + new for before, new in zip(self.kv_lengths, lengths, strict=True))
         columns = max(total, default=0)
         if self.arena is not None:
-            return replace(self, kv=self.arena.first(columns), kv_lengths=total)
+            return changed(self, kv=self.arena.first(columns), kv_lengths=total)
         have, kv = self.columns, self.kv
         if not kv or all(length == width for length in lengths):
             if columns != have:
@@ -186,7 +187,7 @@ class Memory:
             shift = torch.tensor([width - length for length in lengths])
             source = _Index((torch.arange(have - columns, have)[None, :] - shift[:, None]).clamp_(min=0))
             kv = {i: (_gather(k, source), _gather(v, source)) for i, (k, v) in self.kv.items()}
-        return replace(self, kv=kv, kv_lengths=total)
+        return changed(self, kv=kv, kv_lengths=total)
 
     def with_room(self, columns: int) -> Memory:
         """The same with room for another column, which is the caller's to fill: columns [B, H, S] of an `Arena`.
@@ -229,6 +230,13 @@ class Memory:
         # A copy, because a view would keep the evicted part alive.
         kv = {i: (_last(k, columns).clone(), _last(v, columns).clone()) for i, (k, v) in self.kv.items()}
         return replace(self, kv=kv, kv_lengths=lengths, arena=None)
+
+
+def changed(value: Value, **parts: object) -> Value:
+    """``dataclasses.replace`` without the constructor, which checks and fills in: for what every token makes anew."""
+    made = object.__new__(type(value))
+    vars(made).update(vars(value), **parts)
+    return made
 
 
 class _Index:

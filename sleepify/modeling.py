@@ -26,6 +26,7 @@ from sleepify.graphs import SleepCapture
 from sleepify.hosts import Host, host_class
 from sleepify.keywords import refuse, refuse_auto, refuse_unequal_ranks
 from sleepify.loss import Objective, check_count, cross_entropy
+from sleepify.memory import changed
 from sleepify.on_demand import SleepOnDemand
 from sleepify.packing import Marks
 from sleepify.precision import cast_per_use
@@ -328,7 +329,7 @@ class SleepForCausalLM(
         if use_cache:
             # What is read outside training is a constant: a session must not hold every graph since its beginning.
             after = session if self.training else session.detached()
-            after = replace(after, columns=after.columns + tokens.lasting_columns())
+            after = changed(after, columns=after.columns + tokens.lasting_columns())
         return Reading(blocks, pieces, plan, tokens, cache, after, self.objective, whole=awake is not None)
 
     def _take_in(self, call: Call, settings: Settings, kept: bool) -> tuple[Snapshot, Rows]:

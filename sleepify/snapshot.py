@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sleepify.ephemeral import Ephemeral, among, note, take_back
-from sleepify.memory import LayerKey, LayerState, Memory, index_of
+from sleepify.memory import LayerKey, LayerState, Memory, changed, index_of
 from sleepify.schedule import Round, Wake
 from sleepify.settings import Settings
 
@@ -240,7 +241,7 @@ class Snapshot:
 
     def remember(self, rows: Sequence[int], memory: Memory) -> Snapshot:
         """With what reading awake left in these rows."""
-        return replace(self, memory=self.memory.put(rows, memory))
+        return changed(self, memory=self.memory.put(rows, memory))
 
     def append(self, each: Round, input_ids: Tensor) -> Snapshot:
         """Count a round's tokens in and keep their ids, for the replay if they are not ephemeral."""
@@ -261,7 +262,7 @@ class Snapshot:
             ephemeral[row] += note(input_ids[row], own, start, open_lengths[row])
             open_lengths[row] += count - len(own)
             seen[row] += count - len(own)
-        return replace(
+        return changed(
             self,
             open_ids=open_ids,
             open_lengths=tuple(open_lengths),
@@ -354,8 +355,10 @@ class Snapshot:
 
     def detached(self) -> Snapshot:
         """As a constant; itself, if it is one."""
-        held = self.memory.tensors() + Memory(self.batch_size, self.at_start).tensors()
-        return self.map(Tensor.detach) if any(tensor.requires_grad for tensor in held) else self
+        # What was written into room has none.
+        pairs = () if self.memory.arena is not None else self.memory.kv.values()
+        held = chain(*self.memory.state.values(), *self.at_start.values(), *pairs)
+        return self.map(Tensor.detach) if any(x is not None and x.requires_grad for x in held) else self
 
     def map(self, function: Callable[[Tensor], Tensor], ids: bool = False) -> Snapshot:
         """With ``function`` applied to every tensor of the memory, and to the ids if it is to be."""

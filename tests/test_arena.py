@@ -281,7 +281,7 @@ def test_no_token_copies_what_is_there(eviction, rows):
     one_layer = cache.memory.kv[0][0].nbytes
     # The first token makes room; every other writes as much as every other, and nothing of the size of a layer's keys.
     first, second, *_, last = counts[True]
-    assert first.largest > 8 * one_layer > 8 * 10 * second.largest
+    assert first.largest > 4 * one_layer and 4 * second.largest < one_layer
     assert second.operations == last.operations and second.bytes == last.bytes
     assert second.operations.count("index_copy_") == 2 * 4
     # Without room every token copies the keys and values of all layers.

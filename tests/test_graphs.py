@@ -1,7 +1,7 @@
 """One graph for the wake token of all sessions.
 
-Without a GPU a tape stands in for it: what it has recorded it does again, on the tensors that were there, so that whatever
-was a number of Python's is what it was at the recording.
+Without a GPU a tape stands in for it: what it has recorded it does again, on the tensors that were there, so that
+whatever was a number of Python's is what it was at the recording.
 """
 
 from __future__ import annotations

@@ -9,8 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,11 +22,12 @@ from sleepify.errors import UnsupportedModelError
 from sleepify.hosts.conventions import ATTENTION, BOTH, RECURRENT, find_decoder, find_norm, layer_kinds
 from sleepify.hosts.narrowing import Narrowing
 from sleepify.hosts.window_cache import WindowCache
-from sleepify.memory import LayerState, Memory
+from sleepify.memory import LayerState, Memory, changed
 
 # Attention functions that take no mask as one that hides nothing (flash attention too, by any of its names).
 _MASK_FREE = {"eager", "sdpa"}
-_AS_IT_IS = nullcontext()
+# What may be handed to a layer that takes any keyword.
+_KEYWORDS = {"attention_mask", "use_cache", "position_ids", "position_embeddings", "sliding_window"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class _Call:
         kind: in transformers' words.
         attends: whether it reads keys and values.
         reach: how many positions a token sees, itself included; None for all there are.
-        takes: names of its forward parameters, with "*" if it takes any keyword.
+        takes: what may be handed to it.
         cache: the name by which it takes its cache.
     """
 
@@ -73,9 +73,6 @@ class _Call:
     reach: int | None
     takes: frozenset[str]
     cache: str
-
-    def accepts(self, name: str) -> bool:
-        return name in self.takes or "*" in self.takes
 
 
 class Host:
@@ -139,7 +136,7 @@ class Host:
             kind=kind,
             attends=kind in ATTENTION | BOTH,
             reach=min((reach for reach in (own, self.window) if reach is not None), default=None),
-            takes=takes,
+            takes=takes | _KEYWORDS if "*" in takes else takes,
             cache="layer_past" if "layer_past" in takes else "past_key_values",
         )
 
@@ -233,11 +230,11 @@ class Host:
                 hidden_states, own = layer(hidden_states, state.get((index, 1)), lengths)
                 state[(index, 1)] = LayerState(*own)
         if arena is None:
-            return hidden_states, replace(memory, state=state, kv=kv)
+            return hidden_states, changed(memory, state=state, kv=kv)
         if any(pair[0] is not arena.kv[index][0] for index, pair in kv.items()):
             # In another dtype than before.
-            return hidden_states, replace(memory, state=state, arena=Arena(kv, arena.columns))
-        return hidden_states, replace(memory, state=state)
+            return hidden_states, changed(memory, state=state, arena=Arena(kv, arena.columns))
+        return hidden_states, changed(memory, state=state)
 
     def close_loop(self, hidden_states: Tensor) -> Tensor:
         """Most architectures hand the residual stream on as it is."""
@@ -267,26 +264,29 @@ class Host:
         module = self.layers._modules[call.key]
         assert module is not None
         arguments = self.layer_arguments(index, frame, cache)
-        narrow = self._narrow(index, arguments) if self.window is not None and call.attends else None
-        with narrow or _AS_IT_IS:
+        narrow: Any = self._narrow(index, arguments) if self.window is not None and call.attends else None
+        if narrow is None:
             output = module(hidden_states, **arguments)
+        else:
+            with narrow:
+                output = module(hidden_states, **arguments)
         return output[0] if isinstance(output, tuple) else output
 
     def layer_arguments(self, index: int, frame: Frame, cache: WindowCache) -> dict[str, Any]:
         """Keyword arguments of a decoder layer, by transformers' names; only such as it takes."""
         call = self._calls[index]
         arguments: dict[str, Any] = {call.cache: cache}
-        if call.accepts("attention_mask"):
+        if "attention_mask" in call.takes:
             arguments["attention_mask"] = frame.masks[call.reach] if call.attends else None
-        if call.accepts("use_cache"):
+        if "use_cache" in call.takes:
             arguments["use_cache"] = True
         # Recurrent layers take no position, but many share a signature with the attention layers beside them.
         rotary = frame.rotary.get(call.kind, next(iter(frame.rotary.values()), None))
         if rotary is None:
-            if call.accepts("position_ids"):
+            if "position_ids" in call.takes:
                 arguments["position_ids"] = frame.position_ids
         # Beside the tables they would say nothing, and flash attention would wait for the device to look at them.
-        elif call.accepts("position_embeddings"):
+        elif "position_embeddings" in call.takes:
             arguments["position_embeddings"] = rotary
         if "lengths" in call.takes:
             arguments["lengths"] = frame.lengths
@@ -302,7 +302,7 @@ class Host:
         narrowing = self._narrowing[index]
         if narrowing.by_module:
             return narrowing.to(call.reach)
-        if not call.accepts("sliding_window"):
+        if "sliding_window" not in call.takes:
             raise UnsupportedModelError(
                 f"expected layers of {type(self.language_model).__name__} to take `sliding_window`, which sliding "
                 "eviction needs with flash attention; use attn_implementation='sdpa' or eviction='hard'"
@@ -312,13 +312,17 @@ class Host:
 
     def normed(self, hidden_states: Tensor) -> Tensor:
         """Final norm, in the precision of the head that reads it; [..., D] to [..., D]."""
-        hidden_states, dtype = self.norm(hidden_states), self.language_model.get_output_embeddings().weight.dtype
+        return self._normed(hidden_states, self.language_model.get_output_embeddings())
+
+    def _normed(self, hidden_states: Tensor, head: Any) -> Tensor:
+        hidden_states, dtype = self.norm(hidden_states), head.weight.dtype
         # The weight of a quantized head is stored as whole numbers, and its input is what it is.
         return hidden_states.to(dtype) if dtype.is_floating_point else hidden_states
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Final norm, head and what the family does to its logits; [..., D] to [..., V]."""
-        logits = self.language_model.get_output_embeddings()(self.normed(hidden_states))
+        head: Any = self.language_model.get_output_embeddings()
+        logits = head(self._normed(hidden_states, head))
         for factor in self._factors:
             logits = logits * factor
         if self._divisor is not None:
@@ -342,7 +346,9 @@ class Host:
         past = WindowCache(columns, hidden.shape[1])
         # One token sees all there is.
         bare = hidden.shape[1] == 1 and valid is None
-        bare = bare and (self._is_flash() or self.config._attn_implementation in _MASK_FREE)
+        if bare:
+            attention = self.config._attn_implementation or ""
+            bare = attention in _MASK_FREE or "flash" in attention
         return {
             reach: None
             if bare and (reach is None or total < reach)

@@ -35,7 +35,8 @@ class SleepCache(Cache):
     """
 
     is_compileable = False
-    is_croppable = True
+    # transformers would take back a token that it has read too much of, and does not know that the last made is pending.
+    is_croppable = False
 
     def __init__(self, fixed_shapes: bool = False) -> None:
         super().__init__(layers=[])

@@ -284,5 +284,5 @@ def test_no_token_copies_what_is_there(eviction, rows):
     assert first.largest > 4 * one_layer and 4 * second.largest < one_layer
     assert second.operations == last.operations and second.bytes == last.bytes
     assert second.operations.count("index_copy_") == 2 * 4
-    # Without room every token copies the keys and values of all layers.
-    assert counts[False][-1].bytes > last.bytes + 8 * 0.9 * one_layer
+    # Without room every token copies the keys and values of all layers; with it, a mask is made for it.
+    assert counts[False][-1].bytes > last.bytes + 8 * 0.8 * one_layer

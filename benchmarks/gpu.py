@@ -212,8 +212,7 @@ def measure_inference(plan: Plan, rate: float) -> list[Part]:
             part.claims.append(Claim(f"token after {many} windows / 1, N = {n}, {way}", ratios[0], at_most=1.02))
         across = cell["N=6 after 1"] / cell["N=1 after 1"]
         part.claims.append(Claim(f"token, N = 6 / N = 1, {way}", across, at_most=1.02))
-        # Beside a graph the eager base is no match.
-        if way == "eager":
+        if way == "eager":  # beside a graph the eager base is no match
             part.claims.append(Claim("token / the base's own, eager", cell["N=1 after 1"] / base, at_most=1.15))
         part.figures[way] = cell
     others = plan.cell("sleeps and prompts", partial(sleeps_and_prompts, plan))

@@ -35,7 +35,7 @@ class SleepCache(Cache):
     """
 
     is_compileable = False
-    # transformers would take back a token that it has read too much of, and does not know that the last made is pending.
+    # transformers would take back a token that it has read too many, and does not know that the last made is pending.
     is_croppable = False
 
     def __init__(self, fixed_shapes: bool = False) -> None:

@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from sleepify.arena import Arena
+from sleepify.arena import Arena, Filled
 
 Value = TypeVar("Value")
 # (i, 0) is layer i of the host, (i, 1) the fast-weight layer inserted after it: sorted, the order in which they run.
@@ -56,6 +56,9 @@ class Memory:
     def __post_init__(self) -> None:
         if not self.kv_lengths:
             object.__setattr__(self, "kv_lengths", (0,) * self.batch_size)
+        if self.arena is not None and not (isinstance(self.kv, Filled) and self.kv.arena is self.arena):
+            # Other keys have been put in the place of those that lie in it.
+            object.__setattr__(self, "arena", None)
 
     @property
     def columns(self) -> int:

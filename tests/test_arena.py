@@ -6,6 +6,7 @@ import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from hypothesis import strategies as st
 from reference import read_row
 from small import sleeping
 from test_contract import assert_same_session
-from tolerances import EXACT, assert_close
+from tolerances import DEVICE32, EXACT, assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.generation import utils as generation
 
 from sleepify import SleepCache
 
@@ -193,6 +195,20 @@ def test_where_gradient_is_recorded_nothing_is_written_in_place(model):
     assert_same_session(cache, usual, "after gradient")
 
 
+def test_keys_that_are_put_in_the_place_of_others_count(model):
+    cache = SleepCache(fixed_shapes=True)
+    for t in range(4):
+        model(tokens(1, 1, seed=t), past_key_values=cache)
+    other, usual = cache.clone(), SleepCache()
+    doubled = {i: (2 * keys, 2 * values) for i, (keys, values) in cache.memory.kv.items()}
+    other.memory = replace(cache.memory, kv=doubled)
+    usual.now = replace(other.now, fixed_shapes=False)
+    assert other.memory.arena is None
+    logits = [model(tokens(1, 1), past_key_values=each).logits for each in (other, usual, cache)]
+    assert_close(logits[0], logits[1], EXACT, "the keys that were put there")
+    assert not torch.allclose(logits[0], logits[2])
+
+
 def test_modes_that_change_between_calls(model):
     def read(cache):
         logits = []
@@ -236,6 +252,13 @@ def test_what_leaves_a_session_is_its_own(model, tmp_path):
             model(tokens(1, 1, seed=9), past_key_values=each)
         assert_same_session(mine, ahead, "read on")
     assert other.kv_bytes == sum(buffer.nbytes for buffer in other.memory.arena.buffers) > 0
+
+
+def test_transformers_reads_no_token_too_many_in_a_session():
+    """On Apple's GPUs it learns one token late that all rows have ended, and takes the last out of caches that it may
+    crop: of a session that would be a token that belongs to the text."""
+    check = getattr(generation, "DeferredStopCheck", None)
+    assert check is None or not check.is_supported(torch.device("mps"), SleepCache(), True, False)
 
 
 class Written(TorchDispatchMode):
@@ -286,3 +309,20 @@ def test_no_token_copies_what_is_there(eviction, rows):
     assert second.operations.count("index_copy_") == 2 * 4
     # Without room every token copies the keys and values of all layers; with it, a mask is made for it.
     assert counts[False][-1].bytes > last.bytes + 8 * 0.8 * one_layer
+
+
+@pytest.mark.slow
+def test_compiled_layers_write_into_the_same_room():
+    model = sleeping(dtype=torch.float32, window_size=9).eval()
+    caches = [SleepCache(fixed_shapes=True), SleepCache(fixed_shapes=True)]
+    expected = [model(tokens(2, 1, seed=t), past_key_values=caches[0]).logits for t in range(8)]
+    torch._dynamo.reset()
+    model.compile(backend="aot_eager", fullgraph=True)
+    rooms = set()
+    for t in range(8):
+        logits = model(tokens(2, 1, seed=t), past_key_values=caches[1]).logits
+        assert_close(logits, expected[t], DEVICE32, f"token {t}")
+        rooms.add(id(caches[1].memory.arena))
+    # None at the window's first token.
+    assert len(rooms) == 2
+    torch._dynamo.reset()

@@ -71,7 +71,7 @@ EDGES: dict[str, set[str]] = {
     "manifest": {"config", "errors", "files"},
     "modeling": {
         *("backbone", "cache", "checkpoints", "config", "defaults", "fast_weights", "generation", "graphs", "hosts"),
-        *("keywords", "loss", "on_demand", "packing", "precision", "reading", "recompute", "rows"),
+        *("keywords", "loss", "memory", "on_demand", "packing", "precision", "reading", "recompute", "rows"),
         *("schedule", "settings", "sleep", "snapshot"),
     },
     "checkpoints": {"card", "config", "errors", "files", "fingerprint", "loader", "manifest", "peft"},

@@ -17,7 +17,7 @@ MARK = "<!-- what follows is written by docs/messages.py -->\n"
 SUBJECTS: dict[str, str] = {
     "Giving a model sleep": "retrofit config settings defaults hosts/ fast_weights/ peft",
     "Reading and generating": "modeling rows packing keywords loss reading generation on_demand cache snapshot sleep "
-    "recompute ephemeral background convergence calibration recording",
+    "recompute ephemeral background convergence calibration recording graphs",
     "Probes": "probes/",
     "Sessions": "session.py session_model conversation idle",
     "Checkpoints and sessions in files": "checkpoints manifest files session_file loader",

@@ -27,15 +27,16 @@ class SleepCache(Cache):
 
     Args:
         fixed_shapes: give every token of a window the same shapes, by room for the keys of a whole window from its
-            third token on. Single tokens then need one compiled graph, and a CUDA graph can be captured of them;
-            attention looks at L keys (sliding: 2L-1), however few are filled.
+            second token on, into which those of every token are written. Single tokens then need one compiled graph,
+            and a CUDA graph can be captured of them; attention looks at L keys (sliding: 2L-1), however few are filled.
 
     Attributes:
         now: everything that it knows, a `Snapshot`; None before the first call.
     """
 
     is_compileable = False
-    is_croppable = True
+    # transformers would take back a token that it has read too many, and does not know that the last made is pending.
+    is_croppable = False
 
     def __init__(self, fixed_shapes: bool = False) -> None:
         super().__init__(layers=[])
@@ -122,7 +123,9 @@ class SleepCache(Cache):
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of keys and values: at most one window (sliding: two)."""
+        """Bytes of keys and values, with the room that is made for them: at most one window (sliding: two)."""
+        if (arena := self.memory.arena) is not None:
+            return sum(map(_bytes, arena.buffers))
         return sum(_bytes(tensor) for pair in self.memory.kv.values() for tensor in pair)
 
     def get_batch_size(self) -> int:
@@ -311,7 +314,9 @@ class SleepCache(Cache):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"now": None if self.now is None else self.now.finished()}
+        # Without room for more, in which another session may have written.
+        alone = None if self.now is None else self.now.finished().map(Tensor.clone)
+        return self.__dict__ | {"now": alone}
 
     def detach_(self) -> SleepCache:
         """Cut the gradient: what was read so far becomes a constant."""

@@ -1,18 +1,21 @@
 """What a model remembers, as a value: the fast-weight state and the keys and values of the open window.
 
-Every operation returns new tensors and leaves the old ones alone, so a snapshot is a reference, a rollback is an
-assignment, and gradient flows through windows and loops. B rows, S remembered positions.
+Every operation leaves what others hold alone, so a snapshot is a reference, a rollback is an assignment, and gradient
+flows through windows and loops. B rows, S remembered positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from sleepify.arena import Arena, Filled
+
+Value = TypeVar("Value")
 # (i, 0) is layer i of the host, (i, 1) the fast-weight layer inserted after it: sorted, the order in which they run.
 LayerKey = tuple[int, int]
 
@@ -39,20 +42,23 @@ class Memory:
         kv: keys and values per attention layer of the host, [B, H, S, d] each; row r holds its entries in the *last*
             ``kv_lengths[r]`` of the S columns, so that one more token is one more column for every row.
         kv_lengths: entries per row.
-        room: columns that stay whether a row has filled them or not, 0 for none; see `with_room`.
+        arena: what ``kv`` are the first columns of, with room behind them for what is read next; see `with_room`.
         homes: where each of its tensors came from, if it waits on the CPU, see `parked`.
     """
 
     batch_size: int
     state: dict[LayerKey, LayerState] = field(default_factory=dict)
-    kv: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    kv: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     kv_lengths: tuple[int, ...] = ()
-    room: int = 0
+    arena: Arena | None = None
     homes: tuple[torch.device, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.kv_lengths:
             object.__setattr__(self, "kv_lengths", (0,) * self.batch_size)
+        if self.arena is not None and not (isinstance(self.kv, Filled) and self.kv.arena is self.arena):
+            # Other keys have been put in the place of those that lie in it.
+            object.__setattr__(self, "arena", None)
 
     @property
     def columns(self) -> int:
@@ -67,12 +73,13 @@ class Memory:
         return states + [tensor for pair in self.kv.values() for tensor in pair]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Memory:
-        """The same memory with ``function`` applied to every tensor."""
+        """The same memory with ``function`` applied to every tensor, and without room."""
         state = {
             key: LayerState(*(None if tensor is None else function(tensor) for tensor in layer))
             for key, layer in self.state.items()
         }
-        return replace(self, state=state, kv={i: (function(k), function(v)) for i, (k, v) in self.kv.items()})
+        kv = {i: (function(k), function(v)) for i, (k, v) in self.kv.items()}
+        return replace(self, state=state, kv=kv, arena=None)
 
     def parked(self) -> Memory:
         """The same on the CPU, until it is `fetched`."""
@@ -170,11 +177,12 @@ class Memory:
 
     def advance(self, lengths: Sequence[int], width: int) -> Memory:
         """The memory after ``width`` columns were appended of which row r filled the first ``lengths[r]``."""
-        have = self.columns
         total = tuple(before + new for before, new in zip(self.kv_lengths, lengths, strict=True))
-        columns = self.room or max(total, default=0)
-        if not self.kv or all(length == width for length in lengths):
-            kv = self.kv
+        columns = max(total, default=0)
+        if self.arena is not None:
+            return changed(self, kv=self.arena.first(columns), kv_lengths=total)
+        have, kv = self.columns, self.kv
+        if not kv or all(length == width for length in lengths):
             if columns != have:
                 kv = {i: (_last(k, columns), _last(v, columns)) for i, (k, v) in kv.items()}
         else:
@@ -182,14 +190,26 @@ class Memory:
             shift = torch.tensor([width - length for length in lengths])
             source = _Index((torch.arange(have - columns, have)[None, :] - shift[:, None]).clamp_(min=0))
             kv = {i: (_gather(k, source), _gather(v, source)) for i, (k, v) in self.kv.items()}
-        return replace(self, kv=kv, kv_lengths=total)
+        return changed(self, kv=kv, kv_lengths=total)
 
-    def with_room(self, columns: int, n_tokens: int) -> Memory:
-        """So many columns, filled or not, once ``n_tokens`` more are read, and after every later token too."""
-        before = max(columns - n_tokens, max(self.kv_lengths, default=0))
-        return replace(
-            self, kv={i: (_last(k, before), _last(v, before)) for i, (k, v) in self.kv.items()}, room=columns
-        )
+    def with_room(self, columns: int) -> Memory:
+        """The same with room for another column, which is the caller's to fill: columns [B, H, S] of an `Arena`.
+
+        Args:
+            columns: how many the arena has if it must be a new one, which copies the keys and values: where there was
+                none, it is full, or another snapshot has filled the column.
+        """
+        have = max(self.kv_lengths, default=0)
+        if self.arena is not None and self.arena.claim(have):
+            return self
+        kv = {i: (_last(k, have), _last(v, have)) for i, (k, v) in self.kv.items()}
+        arena = Arena(kv, columns)
+        arena.claim(have)
+        return replace(self, kv=arena.first(have), arena=arena)
+
+    def without_room(self) -> Memory:
+        """The same with keys and values that grow by being copied."""
+        return self if self.arena is None else replace(self, arena=None)
 
     def first_keys(self, counts: Sequence[int]) -> Memory:
         """Only the oldest ``counts[r]`` entries of every row: what was retained when the open window began."""
@@ -200,19 +220,26 @@ class Memory:
         last = torch.tensor([self.columns - have + count for have, count in zip(self.kv_lengths, counts, strict=True)])
         source = _Index((last[:, None] - columns + torch.arange(columns)[None, :]).clamp_(min=0))
         kv = {i: (_gather(k, source), _gather(v, source)) for i, (k, v) in self.kv.items()}
-        return replace(self, kv=kv, kv_lengths=counts)
+        return replace(self, kv=kv, kv_lengths=counts, arena=None)
 
     def last_keys(self, count: int) -> Memory:
         """Only the latest ``count`` entries of every row (0: none): eviction."""
         lengths = tuple(min(length, count) for length in self.kv_lengths)
         columns = max(lengths, default=0)
         if not columns:
-            return replace(self, kv={}, kv_lengths=lengths, room=0)
+            return replace(self, kv={}, kv_lengths=lengths, arena=None)
         if columns == self.columns:
-            return replace(self, kv_lengths=lengths, room=0)
+            return replace(self, kv_lengths=lengths, arena=None)
         # A copy, because a view would keep the evicted part alive.
         kv = {i: (_last(k, columns).clone(), _last(v, columns).clone()) for i, (k, v) in self.kv.items()}
-        return replace(self, kv=kv, kv_lengths=lengths, room=0)
+        return replace(self, kv=kv, kv_lengths=lengths, arena=None)
+
+
+def changed(value: Value, **parts: object) -> Value:
+    """``dataclasses.replace`` without the constructor, which checks and fills in: for what every token makes anew."""
+    made = object.__new__(type(value))
+    vars(made).update(vars(value), **parts)
+    return made
 
 
 class _Index:

@@ -22,9 +22,11 @@ from sleepify.config import SleepConfig
 from sleepify.defaults import LiveSettings, resolve
 from sleepify.fast_weights import LAYERS, FastWeightLayer
 from sleepify.generation import SleepGeneration
+from sleepify.graphs import SleepCapture
 from sleepify.hosts import Host, host_class
 from sleepify.keywords import refuse, refuse_auto, refuse_unequal_ranks
 from sleepify.loss import Objective, check_count, cross_entropy
+from sleepify.memory import changed
 from sleepify.on_demand import SleepOnDemand
 from sleepify.packing import Marks
 from sleepify.precision import cast_per_use
@@ -39,7 +41,7 @@ _INCIDENTAL = {"dtype", "torch_dtype", "architectures", "transformers_version", 
 
 
 class SleepForCausalLM(
-    SleepGeneration, SleepOnDemand, SleepRecompute, SleepCheckpoint, GenerationMixin
+    SleepGeneration, SleepOnDemand, SleepCapture, SleepRecompute, SleepCheckpoint, GenerationMixin
 ):  # transformers looks for the last by name
     """A base model that consolidates full windows of its context into fast weights.
 
@@ -88,6 +90,7 @@ class SleepForCausalLM(
             if getattr(module, "gradient_checkpointing", False):
                 module.gradient_checkpointing = False
         self._recompute = None
+        self._capture = self._graphs = None
         self._settings = LiveSettings(config.fast_weights)
         self._host: tuple[Any, Host | None] = (None, None)
         self.watch: algorithm.Watch | None = None
@@ -320,13 +323,13 @@ class SleepForCausalLM(
         # Where each pass is recomputed by itself, a cast per pass takes no more memory than one for all.
         with cast_per_use() if settings.checkpoint in ("loop", "selective") else nullcontext():
             session, pieces = algorithm.read(
-                blocks, session, tokens.ids, plan.rounds, settings, use_cache, self.watch, self.branch
+                self._waking(blocks), session, tokens.ids, plan.rounds, settings, use_cache, self.watch, self.branch
             )
         after = None
         if use_cache:
             # What is read outside training is a constant: a session must not hold every graph since its beginning.
             after = session if self.training else session.detached()
-            after = replace(after, columns=after.columns + tokens.lasting_columns())
+            after = changed(after, columns=after.columns + tokens.lasting_columns())
         return Reading(blocks, pieces, plan, tokens, cache, after, self.objective, whole=awake is not None)
 
     def _take_in(self, call: Call, settings: Settings, kept: bool) -> tuple[Snapshot, Rows]:

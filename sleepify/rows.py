@@ -261,7 +261,7 @@ def _check_range(name: str, values: Tensor, vocabulary: int, but: int | None = N
     """Only where looking costs nothing; elsewhere the lookup itself fails."""
     if values.device.type != "cpu":
         return
-    least, most = values.aminmax()
+    least, most = (values,) * 2 if values.numel() == 1 else values.aminmax()
     if int(least) >= 0 and int(most) < vocabulary:
         return
     wrong = (values < 0) | (values >= vocabulary)

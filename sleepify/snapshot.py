@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,13 +17,15 @@ import torch
 from torch import Tensor
 
 from sleepify.ephemeral import Ephemeral, among, note, take_back
-from sleepify.memory import LayerKey, LayerState, Memory, index_of
+from sleepify.memory import LayerKey, LayerState, Memory, changed, index_of
 from sleepify.schedule import Round, Wake
 from sleepify.settings import Settings
 
 _COUNTS = ("open_lengths", "retained", "seen", "windows", "passes", "stale", "ephemeral")
 # An odd multiplier of full period modulo 2^64 (Knuth's), so that every token of a text moves every later digest.
 _MULTIPLIER = 6364136223846793005
+# Columns by which room for keys grows where ephemeral tokens fill more than a window.
+_PIECE = 64
 
 
 @dataclass(frozen=True)
@@ -229,15 +232,16 @@ class Snapshot:
     def awake(self, rows: Sequence[int], n_tokens: int, settings: Settings) -> Memory:
         """The memory that these rows go on with when they read so many tokens."""
         memory = self.memory.select(rows)
-        if self.fixed_shapes and (n_tokens == 1 or memory.room):
-            columns = settings.window_size + settings.retained + max(len(self.ephemeral[row]) for row in rows)
-            # Beyond them if this call has ephemeral tokens.
-            memory = memory.with_room(max(columns, max(memory.kv_lengths) + n_tokens), n_tokens)
-        return memory
+        # What is written in place is no value that a gradient could be taken through.
+        if not self.fixed_shapes or n_tokens > 1 or not memory.kv or torch.is_grad_enabled():
+            return memory.without_room()
+        # The window that is open, longer while one is slept on in the background; ephemeral tokens come beyond it.
+        columns, needed = self.open_ids.shape[1] + settings.retained, max(memory.kv_lengths) + 1
+        return memory.with_room(columns if needed <= columns else -(-needed // _PIECE) * _PIECE)
 
     def remember(self, rows: Sequence[int], memory: Memory) -> Snapshot:
         """With what reading awake left in these rows."""
-        return replace(self, memory=self.memory.put(rows, memory))
+        return changed(self, memory=self.memory.put(rows, memory))
 
     def append(self, each: Round, input_ids: Tensor) -> Snapshot:
         """Count a round's tokens in and keep their ids, for the replay if they are not ephemeral."""
@@ -258,7 +262,7 @@ class Snapshot:
             ephemeral[row] += note(input_ids[row], own, start, open_lengths[row])
             open_lengths[row] += count - len(own)
             seen[row] += count - len(own)
-        return replace(
+        return changed(
             self,
             open_ids=open_ids,
             open_lengths=tuple(open_lengths),
@@ -351,8 +355,10 @@ class Snapshot:
 
     def detached(self) -> Snapshot:
         """As a constant; itself, if it is one."""
-        held = self.memory.tensors() + Memory(self.batch_size, self.at_start).tensors()
-        return self.map(Tensor.detach) if any(tensor.requires_grad for tensor in held) else self
+        # What was written into room has none.
+        pairs = () if self.memory.arena is not None else self.memory.kv.values()
+        held = chain(*self.memory.state.values(), *self.at_start.values(), *pairs)
+        return self.map(Tensor.detach) if any(x is not None and x.requires_grad for x in held) else self
 
     def map(self, function: Callable[[Tensor], Tensor], ids: bool = False) -> Snapshot:
         """With ``function`` applied to every tensor of the memory, and to the ids if it is to be."""

@@ -11,7 +11,7 @@ from families import FAMILIES, VOCAB, tiny_base, tokens, true_float64
 from safetensors import safe_open
 from safetensors.torch import save_file
 from small import sleeping
-from tolerances import EXACT, EXACT_GRAD, FLOAT32, PARITY, assert_close
+from tolerances import DEVICE32, EXACT, EXACT_GRAD, FLOAT32, PARITY, assert_close
 from transformers import AutoModelForCausalLM, DynamicCache, TextStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -223,8 +223,8 @@ def compare_fixed_with_usual_shapes(model) -> None:
         for piece, real in [(ids, mask), *((tokens(2, 1, seed=t), None) for t in range(12)), (tokens(2, 4), None)]:
             usual, fixed = (model(piece, attention_mask=real, past_key_values=session) for session in sessions)
             assert_close(fixed.logits, usual.logits, EXACT, f"{sessions[1].seen}")
-            if piece.shape[1] == 1:
-                seen |= {keys.shape for keys, _ in sessions[1].memory.kv.values()}
+            if (arena := sessions[1].memory.arena) is not None:
+                seen |= {keys.shape for keys, _ in arena.kv.values()}
         assert len(seen) == 1
         cut = sessions[1].clone()
         cut.batch_select_indices(torch.tensor([1]))
@@ -255,6 +255,24 @@ def test_fixed_shapes_need_no_new_graph_from_token_to_token():
     usual, fixed = graphs(SleepCache()), graphs(SleepCache(fixed_shapes=True))
     # A window's first token finds no keys, the second makes room for all, the others find it.
     assert fixed[2] == fixed[-1] and usual[2] + 5 <= usual[-1], (fixed, usual)
+
+
+@pytest.mark.slow
+def test_compiled_layers_write_into_the_same_room():
+    model = sleeping(dtype=torch.float32, window_size=9).eval()
+    caches = [SleepCache(fixed_shapes=True), SleepCache(fixed_shapes=True)]
+    rooms = set()
+    with torch.no_grad():
+        expected = [model(tokens(2, 1, seed=t), past_key_values=caches[0]).logits for t in range(8)]
+        torch._dynamo.reset()
+        model.compile(backend="aot_eager", fullgraph=True)
+        for t in range(8):
+            logits = model(tokens(2, 1, seed=t), past_key_values=caches[1]).logits
+            assert_close(logits, expected[t], DEVICE32, f"token {t}")
+            rooms.add(id(caches[1].memory.arena))
+    # None at the window's first token.
+    assert len(rooms) == 2
+    torch._dynamo.reset()
 
 
 @pytest.mark.slow

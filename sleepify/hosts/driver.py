@@ -9,8 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,15 +17,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from sleepify.arena import Arena
 from sleepify.errors import UnsupportedModelError
 from sleepify.hosts.conventions import ATTENTION, BOTH, RECURRENT, find_decoder, find_norm, layer_kinds
 from sleepify.hosts.narrowing import Narrowing
 from sleepify.hosts.window_cache import WindowCache
-from sleepify.memory import LayerState, Memory
+from sleepify.memory import LayerState, Memory, changed
 
 # Attention functions that take no mask as one that hides nothing (flash attention too, by any of its names).
 _MASK_FREE = {"eager", "sdpa"}
-_AS_IT_IS = nullcontext()
+# What may be handed to a layer that takes any keyword.
+_KEYWORDS = {"attention_mask", "use_cache", "position_ids", "position_embeddings", "sliding_window"}
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Frame:
         lengths: real tokens per row [B], None if all T are.
         embeddings: the embedded tokens [B, T, D] (for bases that read them again in later layers).
         keep_keys: whether keys and values are remembered.
+        place: the column [1] of its arena that a single token's keys and values are written into; None if the memory
+            has none.
     """
 
     position_ids: Tensor
@@ -48,6 +51,7 @@ class Frame:
     lengths: Tensor | None
     embeddings: Tensor
     keep_keys: bool
+    place: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class _Call:
         kind: in transformers' words.
         attends: whether it reads keys and values.
         reach: how many positions a token sees, itself included; None for all there are.
-        takes: names of its forward parameters, with "*" if it takes any keyword.
+        takes: what may be handed to it.
         cache: the name by which it takes its cache.
     """
 
@@ -69,9 +73,6 @@ class _Call:
     reach: int | None
     takes: frozenset[str]
     cache: str
-
-    def accepts(self, name: str) -> bool:
-        return name in self.takes or "*" in self.takes
 
 
 class Host:
@@ -135,7 +136,7 @@ class Host:
             kind=kind,
             attends=kind in ATTENTION | BOTH,
             reach=min((reach for reach in (own, self.window) if reach is not None), default=None),
-            takes=takes,
+            takes=takes | _KEYWORDS if "*" in takes else takes,
             cache="layer_past" if "layer_past" in takes else "past_key_values",
         )
 
@@ -161,6 +162,9 @@ class Host:
         self, input_ids: Tensor, lengths: Sequence[int], positions: Sequence[int], memory: Memory, keep_keys: bool
     ) -> tuple[Tensor, Frame]:
         """Embed a window and make masks and rotary tables for it."""
+        if memory.arena is not None:
+            numbers = _sent([*positions, *memory.kv_lengths, memory.columns], input_ids.device)
+            return self.open_single(input_ids, numbers, memory.arena.columns)
         hidden = self.embed(input_ids)
         batch, width = input_ids.shape
         device = hidden.device
@@ -180,15 +184,41 @@ class Host:
             end = _sent([columns + length for length in lengths], device)[:, None]
             column = torch.arange(columns + width, device=device)[None, :]
             valid = (column >= first_real) & (column < end)
-        masks = self._masks(hidden, valid, columns, memory.room > 0, position_ids)
+        masks = self._masks(hidden, valid, columns, position_ids)
         return hidden, Frame(position_ids, masks, self.rotary(hidden, position_ids), real, hidden, keep_keys)
+
+    def open_single(self, input_ids: Tensor, numbers: Tensor, columns: int) -> tuple[Tensor, Frame]:
+        """The same for one more token of every row of a memory with an arena; no shape depends on how many it holds.
+
+        Args:
+            input_ids: [B, 1].
+            numbers: of each row, the token's position and how many keys it has; then the column that the token's
+                come into. [2B + 1].
+            columns: R, those of the arena.
+        """
+        hidden, batch = self.embed(input_ids), input_ids.shape[0]
+        numbers = numbers.to(hidden.device, non_blocking=True)
+        position_ids, have, place = numbers[:batch, None], numbers[batch:-1, None], numbers[-1:]
+        # How far back each column is of the token.
+        back = place - torch.arange(columns, device=hidden.device)
+        seen = (back >= 0) & (back <= have)
+        # To transformers the token stands in the last column, which sees all, and what it does not see is padding.
+        past = WindowCache(columns - 1, 1, place=place)
+        masks = {
+            reach: self._mask(None, hidden, seen if reach is None else seen & (back < reach), past, position_ids)
+            for reach in self._reaches
+        }
+        rotary = self.rotary(hidden, position_ids)
+        return hidden, Frame(position_ids, masks, rotary, None, hidden, keep_keys=True, place=place)
 
     def run(self, hidden_states: Tensor, memory: Memory, frame: Frame, start: int, stop: int) -> tuple[Tensor, Memory]:
         """Layers [start, stop) and what is inserted after them."""
-        width, columns = hidden_states.shape[1], memory.columns
-        state, kv = dict(memory.state), dict(memory.kv)
+        width, columns, arena = hidden_states.shape[1], memory.columns, memory.arena
+        if arena is not None:
+            columns = arena.columns - 1
+        state, kv = dict(memory.state), dict(memory.kv if arena is None else arena.kv)
         for index in range(start, stop):
-            cache = WindowCache(columns, width, state.get((index, 0)), kv.get(index), frame.keep_keys)
+            cache = WindowCache(columns, width, state.get((index, 0)), kv.get(index), frame.keep_keys, frame.place)
             hidden_states = self.layer(index, hidden_states, frame, cache)
             if (after := cache.written(hidden_states)) is not None:
                 state[(index, 0)] = after
@@ -199,7 +229,12 @@ class Host:
                 lengths = None if frame.lengths is None else frame.lengths.to(hidden_states.device)
                 hidden_states, own = layer(hidden_states, state.get((index, 1)), lengths)
                 state[(index, 1)] = LayerState(*own)
-        return hidden_states, replace(memory, state=state, kv=kv)
+        if arena is None:
+            return hidden_states, changed(memory, state=state, kv=kv)
+        if any(pair[0] is not arena.kv[index][0] for index, pair in kv.items()):
+            # In another dtype than before.
+            return hidden_states, changed(memory, state=state, arena=Arena(kv, arena.columns))
+        return hidden_states, changed(memory, state=state)
 
     def close_loop(self, hidden_states: Tensor) -> Tensor:
         """Most architectures hand the residual stream on as it is."""
@@ -229,26 +264,29 @@ class Host:
         module = self.layers._modules[call.key]
         assert module is not None
         arguments = self.layer_arguments(index, frame, cache)
-        narrow = self._narrow(index, arguments) if self.window is not None and call.attends else None
-        with narrow or _AS_IT_IS:
+        narrow: Any = self._narrow(index, arguments) if self.window is not None and call.attends else None
+        if narrow is None:
             output = module(hidden_states, **arguments)
+        else:
+            with narrow:
+                output = module(hidden_states, **arguments)
         return output[0] if isinstance(output, tuple) else output
 
     def layer_arguments(self, index: int, frame: Frame, cache: WindowCache) -> dict[str, Any]:
         """Keyword arguments of a decoder layer, by transformers' names; only such as it takes."""
         call = self._calls[index]
         arguments: dict[str, Any] = {call.cache: cache}
-        if call.accepts("attention_mask"):
+        if "attention_mask" in call.takes:
             arguments["attention_mask"] = frame.masks[call.reach] if call.attends else None
-        if call.accepts("use_cache"):
+        if "use_cache" in call.takes:
             arguments["use_cache"] = True
         # Recurrent layers take no position, but many share a signature with the attention layers beside them.
         rotary = frame.rotary.get(call.kind, next(iter(frame.rotary.values()), None))
         if rotary is None:
-            if call.accepts("position_ids"):
+            if "position_ids" in call.takes:
                 arguments["position_ids"] = frame.position_ids
         # Beside the tables they would say nothing, and flash attention would wait for the device to look at them.
-        elif call.accepts("position_embeddings"):
+        elif "position_embeddings" in call.takes:
             arguments["position_embeddings"] = rotary
         if "lengths" in call.takes:
             arguments["lengths"] = frame.lengths
@@ -264,7 +302,7 @@ class Host:
         narrowing = self._narrowing[index]
         if narrowing.by_module:
             return narrowing.to(call.reach)
-        if not call.accepts("sliding_window"):
+        if "sliding_window" not in call.takes:
             raise UnsupportedModelError(
                 f"expected layers of {type(self.language_model).__name__} to take `sliding_window`, which sliding "
                 "eviction needs with flash attention; use attn_implementation='sdpa' or eviction='hard'"
@@ -274,13 +312,17 @@ class Host:
 
     def normed(self, hidden_states: Tensor) -> Tensor:
         """Final norm, in the precision of the head that reads it; [..., D] to [..., D]."""
-        hidden_states, dtype = self.norm(hidden_states), self.language_model.get_output_embeddings().weight.dtype
+        return self._normed(hidden_states, self.language_model.get_output_embeddings())
+
+    def _normed(self, hidden_states: Tensor, head: Any) -> Tensor:
+        hidden_states, dtype = self.norm(hidden_states), head.weight.dtype
         # The weight of a quantized head is stored as whole numbers, and its input is what it is.
         return hidden_states.to(dtype) if dtype.is_floating_point else hidden_states
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Final norm, head and what the family does to its logits; [..., D] to [..., V]."""
-        logits = self.language_model.get_output_embeddings()(self.normed(hidden_states))
+        head: Any = self.language_model.get_output_embeddings()
+        logits = head(self._normed(hidden_states, head))
         for factor in self._factors:
             logits = logits * factor
         if self._divisor is not None:
@@ -298,15 +340,15 @@ class Host:
     def _is_flash(self) -> bool:
         return "flash" in (self.config._attn_implementation or "")
 
-    def _masks(
-        self, hidden: Tensor, valid: Tensor | None, columns: int, fixed_shapes: bool, position_ids: Tensor
-    ) -> dict[int | None, Any]:
+    def _masks(self, hidden: Tensor, valid: Tensor | None, columns: int, position_ids: Tensor) -> dict[int | None, Any]:
         """A mask per reach, in the form that the attention implementation wants."""
         total = columns + hidden.shape[1]
-        past = WindowCache(columns, hidden.shape[1], fixed_shapes=fixed_shapes)
+        past = WindowCache(columns, hidden.shape[1])
         # One token sees all there is.
-        bare = hidden.shape[1] == 1 and valid is None and not fixed_shapes
-        bare = bare and (self._is_flash() or self.config._attn_implementation in _MASK_FREE)
+        bare = hidden.shape[1] == 1 and valid is None
+        if bare:
+            attention = self.config._attn_implementation or ""
+            bare = attention in _MASK_FREE or "flash" in attention
         return {
             reach: None
             if bare and (reach is None or total < reach)

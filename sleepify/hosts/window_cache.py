@@ -28,7 +28,8 @@ class WindowCache(Cache):
         state: of the layer, before the pass.
         kv: its remembered keys and values, [B, H, S, d] each, if there are any.
         keep_keys: whether those of this pass are to be remembered.
-        fixed_shapes: whether a single token gets a mask in any case, without a look at what it masks.
+        place: the column [1] of ``kv`` into which the keys and values of a single token are written, if there is room
+            for them; they are remembered in any case, and what it sees is up to a mask.
     """
 
     # What transformers' constructor would set; one is made per layer and token, and its checks say nothing here.
@@ -42,12 +43,12 @@ class WindowCache(Cache):
         state: LayerState | None = None,
         kv: tuple[Tensor, Tensor] | None = None,
         keep_keys: bool = False,
-        fixed_shapes: bool = False,
+        place: Tensor | None = None,
     ) -> None:
         self.past = past
         self.query_length = query_length
         self.keep_keys = keep_keys
-        self.fixed_shapes = fixed_shapes
+        self.place = place
         self.before = _NOTHING if state is None else state
         self.state = self.before
         self.kv = kv
@@ -65,10 +66,13 @@ class WindowCache(Cache):
     @property
     def is_compileable(self) -> bool:
         """transformers leaves out the mask that hides nothing, except for caches that say this of themselves."""
-        return self.fixed_shapes
+        return self.place is not None
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
-        """Remembered keys and values followed by the new ones, [B, H, S + T, d]."""
+        """Remembered keys and values followed by the new ones, [B, H, S + T, d], or with them in their place."""
+        if self.kv is not None and self.place is not None:
+            self.kv = (_written(self.kv[0], self.place, key_states), _written(self.kv[1], self.place, value_states))
+            return self.kv
         if self.kv is not None:
             keys, values = self.kv
             key_states, value_states = torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
@@ -144,6 +148,15 @@ class WindowCache(Cache):
         wide = recurrent_states.to(torch.promote_types(recurrent_states.dtype, torch.float32))
         self.state = LayerState(self.state.conv, wide)
         return wide
+
+
+def _written(room: Tensor, place: Tensor, new: Tensor) -> Tensor:
+    """Room [B, H, R, d] with the new column [B, H, 1, d] in it; a copy only where autocast changed between calls."""
+    if room.dtype != new.dtype:
+        dtype = torch.promote_types(room.dtype, new.dtype)
+        room, new = room.to(dtype), new.to(dtype)
+    room.index_copy_(2, place, new)
+    return room
 
 
 class _Overwritten(Tensor):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sleepify.fast_weights.layer import FastWeightLayer
+from sleepify.training.muon import GroupedMuon
 
 if TYPE_CHECKING:
     from sleepify.training.arguments import SleepTrainingArguments
@@ -174,7 +175,7 @@ def build_deepspeed_optimizer(model: nn.Module, args: SleepTrainingArguments) ->
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """`torch.optim.Muon` and `torch.optim.AdamW` behind one interface, so that schedulers, Accelerate and checkpoints
+    """`GroupedMuon` and `torch.optim.AdamW` behind one interface, so that schedulers, Accelerate and checkpoints
     see one optimiser: its groups are theirs, and its state is theirs.
 
     A parameter narrower than float32 has a float32 copy in its state, under "master": that is updated, and rounded to
@@ -199,7 +200,7 @@ class MuonAdamW(torch.optim.Optimizer):
         # Each algorithm completes its own groups with its own defaults; here the same dicts are put side by side.
         self._parts: dict[str, torch.optim.Optimizer] = {}
         if muon := [group for group in groups if group["algorithm"] == "muon"]:
-            self._parts["muon"] = torch.optim.Muon(muon, momentum=momentum, adjust_lr_fn=adjust_lr)
+            self._parts["muon"] = GroupedMuon(muon, momentum=momentum, adjust_lr_fn=adjust_lr)
         if adamw := [group for group in groups if group["algorithm"] == "adamw"]:
             self._parts["adamw"] = torch.optim.AdamW(adamw, betas=betas, eps=eps)
         super().__init__([group for part in self._parts.values() for group in part.param_groups], {})

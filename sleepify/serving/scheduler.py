@@ -3,7 +3,7 @@
 Rows at different places of their windows go together, because a batch is its rows (contract 8). Every turn of the loop
 makes one step of reading, up to the end of a window, and one token for every row that speaks:
 
-    reading:   rows that speak whose window is full, first come first; rows with text to read; at most one sleep, together
+    reading:   rows that speak whose window is full, first come first, and rows with text to read; at most one sleep
     speaking:  all others, one token each; nobody sleeps here
 
 So those who speak wait for at most one sleep between two of their tokens, their own too, however much others read. Only
@@ -366,3 +366,10 @@ def _settled(cache: SleepCache | None) -> SleepCache | None:
     if settled.now is not None:
         settled.now = settled.now.map(lambda tensor: tensor.clone(), ids=True)
     return settled
+
+
+def stop_ids_of(model: SleepForCausalLM, tokenizer: Any) -> set[int]:
+    """Tokens that end an answer, as `generate` has them; the tokenizer's if the model has none."""
+    known = getattr(model.generation_config, "eos_token_id", None)
+    ends = tokenizer.eos_token_id if known is None else known
+    return set() if ends is None else set(ends) if isinstance(ends, (list, tuple)) else {ends}

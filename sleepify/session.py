@@ -18,14 +18,13 @@ from sleepify.generation import answer_keywords
 from sleepify.idle import IdleTimer
 from sleepify.modeling import SleepForCausalLM
 from sleepify.progress import Progress
-from sleepify.session_file import read_with_notes, write_session
+from sleepify.session_file import NOTES, read_with_notes, write_session
 from sleepify.session_model import Boundary, SessionModel, check_parts, tokens_of
 from sleepify.settings import Loops
 from sleepify.snapshot import Snapshot
 
 # Steps that can be taken back; each keeps a state.
 _STEPS = 16
-_NOTES = "session"
 
 
 class _Moment(NamedTuple):
@@ -270,7 +269,7 @@ class Session(SessionModel):
             raise ValueError("expected a session that has read something, got an empty one")
         notes = {"tokenizer": vocabulary_digest(self.tokenizer), **talk.notes()}
         rows = [now] if talk.mark is None else [now, talk.mark[0]]
-        write_session(path, Snapshot.join(rows) if len(rows) > 1 else now, {_NOTES: json.dumps(notes)})
+        write_session(path, Snapshot.join(rows) if len(rows) > 1 else now, {NOTES: json.dumps(notes)})
 
     @classmethod
     def load(
@@ -290,9 +289,9 @@ class Session(SessionModel):
         """
         session = cls(model, tokenizer, **when)
         snapshot, metadata = read_with_notes(path)
-        if _NOTES not in metadata:
+        if NOTES not in metadata:
             raise CheckpointError(f"expected a Session in {path}, got a bare SleepCache; SleepCache.load reads it")
-        notes = json.loads(metadata[_NOTES])
+        notes = json.loads(metadata[NOTES])
         if notes["tokenizer"] != vocabulary_digest(tokenizer):
             raise CheckpointError(f"expected the tokenizer that {path} was read with, got one of another vocabulary")
         whole = SleepCache(snapshot.fixed_shapes)

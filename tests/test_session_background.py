@@ -84,11 +84,11 @@ def test_nothing_but_who_waits_is_different(model, words, doings, sleep_at):
 def test_reading_does_not_wait(model, words, held):
     """Nor does what comes meanwhile, up to a window; an answer does."""
     session = Session(model, words, background=True).read("a cab had a")
-    assert not session.cache.is_sleeping and held.begun == 0, "no window is full"
+    assert not session.cache.is_sleeping, "no window is full"
     session.read(" bad bed")
-    assert session.cache.is_sleeping and sum(session.cache.windows) == 0
+    assert session.cache.is_sleeping
     session.read("egg")
-    assert session.cache.is_sleeping and held.begun == 1
+    assert session.cache.is_sleeping and session.cache.windows == [0]
     asked = []
     asking = threading.Thread(target=lambda: asked.append(session.ask("who?", **SHORT)))
     asking.start()
@@ -100,29 +100,31 @@ def test_reading_does_not_wait(model, words, held):
 
 
 def test_a_window_that_is_full_sleeps_at_once(model, words, held):
-    session = Session(model, words, background=True).read("a cab had a" + "," * 40)
-    window, tokens = int(model.config.window_size), sum(session.cache.seen)
-    full = (tokens // window) * window
-    assert session.cache.is_sleeping and held.begun == full // window - 1 + 1
-    held.go.set()
-    session.cache.wait()
-    assert session.cache.windows == [full // window] and session.cache.open_lengths == [tokens - full]
+    """The last of a text, whether more of it follows or not; those before it are waited for."""
+    window = int(model.config.window_size)
+    for more in (0, 2):
+        session = Session(model, words, background=True).read("," * (4 * window - 1 + more))
+        assert session.cache.is_sleeping and session.cache.windows == [3]
+        held.go.set()
+        session.cache.wait()
+        assert session.cache.windows == [4] and session.cache.open_lengths == [more]
+        held.go.clear()
 
 
 def test_boundaries_do_not_wait(model, words, held):
     session = Session(model, words, sleep_at="turn", background=True).read("a cab")
-    assert session.cache.is_sleeping and held.begun == 1
-    held.go.set()
-    held.go = threading.Event()
-    assert session.say("who", **SHORT) is not None
     assert session.cache.is_sleeping
     held.go.set()
+    session.cache.wait()
+    held.go.clear()
+    assert session.say("who", **SHORT) is not None
+    assert session.cache.is_sleeping
 
 
 def test_what_is_read_for_a_while_is_not_slept_away(model, words, held):
-    session = Session(model, words, background=True).read("secret", ephemeral=True)
-    session.read("a cab had a bad"[: int(model.config.window_size) - 1])
-    assert session.cache.ephemeral == [len("secret") + 1 - 1] or session.cache.ephemeral[0] > 0
+    session = Session(model, words, background=True).read("x").read("???", ephemeral=True)
+    session.read("," * (int(model.config.window_size) - 2))
+    assert session.cache.open_lengths == [model.config.window_size] and session.cache.ephemeral == [3]
     assert not session.cache.is_sleeping
 
 

@@ -1,4 +1,5 @@
-"""What a question costs over a text that was read: the first answer, the next 99, and the bytes that wait for them.
+"""What a question costs over a text that was read: the first answer, the next 99, and the bytes that wait for them;
+and from which length of the text on an answer of the base costs more.
 
     python -m benchmarks.sessions [--repeats 3] [--output docs/results/sessions.md]
 
@@ -10,13 +11,16 @@ of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
 from benchmarks.report import Claim, Part, Spread, alternate, page_arguments, publish, ratio
@@ -80,7 +84,12 @@ def measure(model: SleepForCausalLM, n_windows: int, repeats: int) -> list[Part]
         "A hundred answers",
         f"A text of {n_windows} windows of {window} tokens; questions and answers of {TOKENS} tokens; N = "
         f"{model.config.n_loops}. Milliseconds of processor time. The first answer is reading and one answer; all "
-        f"{QUESTIONS} are the first and {rest} times the next (a batch: once).",
+        f"{QUESTIONS} are the first and {rest} times the next (a batch: once).\n\n"
+        "The base reads all windows side by side in one pass, each layer once; every token attends to all before it. "
+        "A session reads them one after the other, since each begins from the state that the one before has left, and "
+        f"makes {model.config.n_loops} passes over each, in which a token attends to its own window only: the price of "
+        "the sleep, paid once. What a session saves is on every later answer, against reading anew, and against the "
+        "cache where the text is long (below).",
         ["", "reading", "the first answer", "each of the next 99", f"all {QUESTIONS}, seconds"],
     )
     for label, reads, each in (
@@ -117,11 +126,70 @@ def measure(model: SleepForCausalLM, n_windows: int, repeats: int) -> list[Part]
     return [answers, weight]
 
 
+@torch.no_grad()
+def measure_lengths(model: SleepForCausalLM, n_windows: Sequence[int], repeats: int) -> Part:
+    """One answer after texts of more and more windows: of a session, and of the base with its whole cache."""
+    window, tokenizer, base = int(model.config.window_size), words(4096), model.unload()
+    question = text(TOKENS, 2)
+    asked = tokenizer(question, return_tensors="pt")["input_ids"]
+    session, kept, read = Session(model, tokenizer), DynamicCache(config=base.config), 0
+    actions: dict[str, Callable[[], object]] = {}
+
+    def answer(ids: Tensor, cache: Any) -> Callable[[], None]:
+        def action() -> None:
+            base.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **_HOW)
+            cache.crop(ids.shape[1] - TOKENS - cache.get_seq_length())
+
+        return action
+
+    weights = {}
+    whole = asked[:, :0]
+    for count in n_windows:
+        more = text((count - read) * window, 1 + count)
+        session.read(more, progress=lambda done, of: None)
+        ids = tokenizer(more, return_tensors="pt")["input_ids"]
+        base(ids, past_key_values=kept, logits_to_keep=1)
+        whole, read = torch.cat([whole, ids], dim=1), count
+        slept = session.fork().sleep()
+        actions[f"session, {count}"] = partial(slept.ask, question, **_HOW)
+        cache = copy.deepcopy(kept)
+        actions[f"base, {count}"] = answer(torch.cat([whole, asked], dim=1), cache)
+        base_bytes = sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values))
+        weights[count] = slept.cache.state_bytes + slept.cache.kv_bytes, base_bytes
+    times = alternate(actions, repeats)
+    longest = n_windows[-1]
+    return Part(
+        "From which length on",
+        f"One answer, milliseconds of processor time, and bytes that wait for it. In a session a token attends to at "
+        f"most {window} others, whatever was read, and beside that there are the inserted layers and what a session "
+        "keeps account of: a fixed price, which makes the base the faster one after short texts. In the base a token "
+        "attends to all that was read, and keys are read from memory for every token: beyond some length that is more.",
+        ["text", "session", "base, whole cache", "session / base", "bytes, session", "bytes, base"],
+        [
+            [
+                f"{count} windows, {count * window:,} tokens",
+                *(Spread.of(times[f"{who}, {count}"]).text(1e3, 1) for who in ("session", "base")),
+                f"{ratio(times, f'session, {count}', f'base, {count}').median:.2f}",
+                *(f"{each:,}" for each in weights[count]),
+            ]
+            for count in n_windows
+        ],
+        [
+            Claim(
+                f"an answer of a session after {longest} windows / after {n_windows[0]}",
+                ratio(times, f"session, {longest}", f"session, {n_windows[0]}").median,
+                at_most=1.2,
+            )
+        ],
+        {name: Spread.of(values) for name, values in times.items()},
+    )
+
+
 def main(argv: list[str] | None = None) -> list[Part]:
     arguments = page_arguments(argv, __doc__, "sessions", repeats=3)
-    window, n_windows = (8, 3) if arguments.tiny else (16, 64)
-    model = small_qwen(arguments.tiny, window, n_windows)
-    parts = measure(model, n_windows, arguments.repeats)
+    window, n_windows, lengths = (8, 3, (1, 2)) if arguments.tiny else (128, 64, (4, 16, 64, 128))
+    model = small_qwen(arguments.tiny, window, lengths[-1])
+    parts = [*measure(model, n_windows, arguments.repeats), measure_lengths(model, lengths, 3 * arguments.repeats)]
     intro = (
         "Qwen3 of 8 layers and 256 channels with 2 inserted Gated DeltaNet layers, hard eviction, one thread, float32, "
         "all settings in turn in one run. Median (quartiles). The weights are random: it is time and bytes that are "

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,17 +18,13 @@ from sleepify.generation import answer_keywords
 from sleepify.idle import IdleTimer
 from sleepify.modeling import SleepForCausalLM
 from sleepify.progress import Progress
-from sleepify.session_file import read_with_notes, write_session
-from sleepify.session_model import SessionModel, tokens_of
+from sleepify.session_file import NOTES, read_with_notes, write_session
+from sleepify.session_model import Boundary, SessionModel, check_parts, tokens_of
 from sleepify.settings import Loops
 from sleepify.snapshot import Snapshot
 
-# Where a session may sleep by itself; each of these ends what those before it end.
-Boundary = Literal["document", "turn"]
-_BOUNDARIES = (None, "document", "turn")
 # Steps that can be taken back; each keeps a state.
 _STEPS = 16
-_NOTES = "session"
 
 
 class _Moment(NamedTuple):
@@ -51,13 +47,16 @@ class Session(SessionModel):
             each "turn" too (`say`, and what `ask` keeps); None for full windows alone.
         idle_sleep: sleep on what is awake after so many seconds without a call, in a thread of its own, for which calls
             wait; None for never. `close` ends it, as does leaving ``with Session(...) as session``.
+        background: do not wait for the sleep at such a boundary, nor in `read` for that on the last window that it
+            fills, which then begins at once; `ask` and `say` wait for it, so that their answers are the same. See
+            ``model.sleep``.
 
     Attributes:
         cache: the `SleepCache` with what was read.
 
     Raises:
         TypeError: for a model that does not sleep, or what is no tokenizer.
-        ValueError: for another boundary, or seconds that are not above 0.
+        ValueError: for another boundary, seconds that are not above 0, or a model that cannot sleep in the background.
 
     Example:
         >>> session = Session(model, tokenizer)
@@ -72,17 +71,10 @@ class Session(SessionModel):
         *,
         sleep_at: Boundary | None = None,
         idle_sleep: float | None = None,
+        background: bool = False,
     ) -> None:
-        if not isinstance(model, SleepForCausalLM):
-            raise TypeError(
-                f"expected a model that sleeps, got {type(model).__name__}; sleepify(model) makes one, and an adapter "
-                "of peft goes into it by merge_and_unload()"
-            )
-        if not isinstance(tokenizer, PreTrainedTokenizerBase):
-            raise TypeError(f"expected a tokenizer of transformers, got {type(tokenizer).__name__}")
-        if sleep_at not in _BOUNDARIES:
-            raise ValueError(f"expected sleep_at to be 'document', 'turn' or None, got {sleep_at!r}")
-        self.model, self.tokenizer, self.sleep_at = model, tokenizer, sleep_at
+        check_parts(model, tokenizer, sleep_at, background)
+        self.model, self.tokenizer, self.sleep_at, self.background = model, tokenizer, sleep_at, background
         self._idle = IdleTimer(idle_sleep, self._sleep_idle)
         self.cache = SleepCache()
         self._known = _Moment(None, Conversation())
@@ -110,9 +102,9 @@ class Session(SessionModel):
         """
         with self._step():
             self._settle()
-            self._read(self._ids(text, "text"), progress, n_loops, ephemeral)
+            self._read(self._ids(text, "text"), progress, n_loops, ephemeral, self.background)
             if self.sleep_at is not None and not ephemeral:
-                self._doze(n_loops)
+                self._doze(n_loops, self.background)
         return self
 
     def sleep(self, n_loops: Loops | None = None, background: bool = False) -> Session:
@@ -166,6 +158,7 @@ class Session(SessionModel):
         with self._idle.busy():
             session = self if keep else self._copy()
             with session._step():
+                session._awaited()
                 session._settle()
                 made = session._generate([session._ids(each, "question") for each in questions], arguments)
                 if keep:
@@ -196,6 +189,7 @@ class Session(SessionModel):
             raise TypeError(f"expected text, got {type(text).__name__}")
         arguments = answer_keywords(generate, self.model.generation_config, self.tokenizer.pad_token_id)
         with self._step():
+            self._awaited()
             if not self._known.talk.messages:
                 self._known = _Moment(None, Conversation(opens=not tokens_of(self.cache)[0]))
             talk = self._known.talk
@@ -220,7 +214,8 @@ class Session(SessionModel):
             return self._copy(self._idle.seconds)
 
     def _copy(self, idle_sleep: float | None = None) -> Session:
-        other = Session(self.model, self.tokenizer, sleep_at=self.sleep_at, idle_sleep=idle_sleep)
+        when: dict[str, Any] = {"sleep_at": self.sleep_at, "idle_sleep": idle_sleep, "background": self.background}
+        other = Session(self.model, self.tokenizer, **when)
         other.cache = self.cache.clone()
         other._known, other._steps = self._known, list(self._steps)
         return other
@@ -274,7 +269,7 @@ class Session(SessionModel):
             raise ValueError("expected a session that has read something, got an empty one")
         notes = {"tokenizer": vocabulary_digest(self.tokenizer), **talk.notes()}
         rows = [now] if talk.mark is None else [now, talk.mark[0]]
-        write_session(path, Snapshot.join(rows) if len(rows) > 1 else now, {_NOTES: json.dumps(notes)})
+        write_session(path, Snapshot.join(rows) if len(rows) > 1 else now, {NOTES: json.dumps(notes)})
 
     @classmethod
     def load(
@@ -286,7 +281,7 @@ class Session(SessionModel):
             path: the file.
             model: the model that it belongs to; its weights may have been trained on.
             tokenizer: the one that it was read with.
-            when: ``sleep_at`` and ``idle_sleep``, which the file does not keep.
+            when: ``sleep_at``, ``idle_sleep`` and ``background``, which the file does not keep.
 
         Raises:
             CheckpointError: for a file that is damaged, altered, no session with text, or of another tokenizer.
@@ -294,9 +289,9 @@ class Session(SessionModel):
         """
         session = cls(model, tokenizer, **when)
         snapshot, metadata = read_with_notes(path)
-        if _NOTES not in metadata:
+        if NOTES not in metadata:
             raise CheckpointError(f"expected a Session in {path}, got a bare SleepCache; SleepCache.load reads it")
-        notes = json.loads(metadata[_NOTES])
+        notes = json.loads(metadata[NOTES])
         if notes["tokenizer"] != vocabulary_digest(tokenizer):
             raise CheckpointError(f"expected the tokenizer that {path} was read with, got one of another vocabulary")
         whole = SleepCache(snapshot.fixed_shapes)
@@ -346,7 +341,7 @@ class Session(SessionModel):
     def _end_turn(self, arguments: dict[str, Any]) -> None:
         if self.sleep_at == "turn":
             self._settle()
-            self._doze(arguments.get("n_loops"))
+            self._doze(arguments.get("n_loops"), self.background)
 
     def _sleep_idle(self) -> None:
         """Called by the timer: part of the latest step, no step of its own."""

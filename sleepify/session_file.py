@@ -17,6 +17,8 @@ from sleepify.files import is_sealed, read_tensors, write_sealed
 from sleepify.memory import LayerKey, LayerState, Memory
 from sleepify.snapshot import Snapshot
 
+NOTES = "session"
+"""What a `Session` notes beside its tensors: its conversation."""
 _VERSION = 2
 _MANIFEST = "sleep_cache"
 _PLACES = ("conv", "recurrent")
@@ -55,9 +57,13 @@ def read_session(path: str | os.PathLike, *, verify: bool = True) -> Snapshot:
         verify: compare the digest; with False, only names, shapes and counts are compared with each other.
 
     Raises:
-        CheckpointError: naming what is missing, altered, or does not agree.
+        CheckpointError: naming what is missing, altered, or does not agree; or for the file of a `Session`, which may
+            hold more than its rows.
     """
-    return read_with_notes(path, verify=verify)[0]
+    session, notes = read_with_notes(path, verify=verify)
+    if NOTES in notes:
+        raise CheckpointError(f"expected a SleepCache in {path}, got a Session with its text; Session.load reads it")
+    return session
 
 
 def read_with_notes(path: str | os.PathLike, *, verify: bool = True) -> tuple[Snapshot, dict[str, str]]:

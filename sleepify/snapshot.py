@@ -42,7 +42,11 @@ class Window:
 
 
 class Nap(Protocol):
-    """A sleep that is being made in the background."""
+    """A sleep that is being made in the background, on so many tokens of each row."""
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """How many."""
 
     def woken(self, session: Snapshot, more: Sequence[int] | None) -> Snapshot:
         """See `Snapshot.finished`."""

@@ -344,46 +344,6 @@ def test_an_idle_session_sleeps_and_goes_on(made, tmp_path):
 # --- the parts -----------------------------------------------------------------------------------------------------
 
 
-def test_nobody_waits_for_two_sleeps_between_two_tokens(made):
-    """While others read ten windows each and sleep at different times, who speaks gets a token after every sleep."""
-    model, tokens = made
-    seen, windows = [], []
-    scheduler = Scheduler(model, set(), Metrics())
-    watch = model.watch
-
-    def watched(sleep, memory):
-        seen.append("sleep")
-        windows.extend(sleep.rows)
-        watch(sleep, memory)
-
-    model.watch = watched
-    done = threading.Semaphore(0)
-
-    def job(length, limit, name):
-        def deliver(event):
-            seen.append(name)
-            if isinstance(event, Ended):
-                done.release()
-
-        ids = torch.randint(6, 60, (length,), generator=torch.Generator().manual_seed(length)).tolist()
-        return Job(None, ids, Sampling(temperature=0, max_tokens=limit), Spoken(lambda ids: "x" * len(ids)), deliver)
-
-    scheduler.submit(job(3, 60, "speaker"))
-    scheduler.submit(job(9, 60, "other"))
-    for length in (150, 640):
-        scheduler.submit(job(length, 2, "reader"))
-    for _ in range(4):
-        assert done.acquire(timeout=60)
-    scheduler.close()
-    model.watch = None
-    ends = [place for place, what in enumerate(seen) if what == "speaker"]
-    own = 60 // WINDOW
-    between = [seen[a:b].count("sleep") for a, b in zip(ends, ends[1:], strict=False)]
-    assert len(windows) >= 9 + 39 + 2 * own and sum(between) >= 30
-    # Its own sleep is one of the readers' steps; it waits for others' and then for its own.
-    assert max(between) <= 2 and sum(each == 2 for each in between) <= own
-
-
 def test_a_step_that_fails_ends_only_those_in_it(made):
     model, _ = made
     scheduler = Scheduler(model, set(), Metrics())

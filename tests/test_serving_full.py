@@ -165,7 +165,7 @@ def test_a_thousand_hostile_requests(made, tmp_path):
             begun = time.monotonic()
             list(pool.map(attack, range(1000)))
             seconds = time.monotonic() - begun
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while served.metrics()["sleepify_requests_running"] and time.monotonic() < deadline:
             time.sleep(0.1)
         counted = served.metrics()

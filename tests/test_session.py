@@ -491,3 +491,11 @@ def test_a_text_is_read_where_progress_is_hidden(session):
     finally:
         logging.enable_progress_bar()
     assert session.cache.windows[0] > 0
+
+
+def test_a_session_with_text_is_no_bare_cache(session, tmp_path):
+    """Its file holds the moment before the latest answer, too, which is no row of the cache."""
+    session.say("hello", max_new_tokens=3)
+    session.save(tmp_path / "session")
+    with pytest.raises(CheckpointError, match="Session.load reads it"):
+        SleepCache.load(tmp_path / "session")

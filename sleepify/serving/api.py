@@ -15,15 +15,18 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from sleepify.modeling import SleepForCausalLM
 from sleepify.serving import asked as asking
 from sleepify.serving.engine import Engine, Limits, Outcome, Turn, key_hash
+from sleepify.serving.kept import Session
 from sleepify.serving.refusals import Refusal, unknown
 from sleepify.serving.replies import ChatReply, Reply, ResponseReply
-from sleepify.serving.store import Session, TooManySessionsError
+from sleepify.serving.store import TooManySessionsError
 
 log = logging.getLogger("sleepify.serve")
 
 _JSON = "application/json"
 # How much of a body that is too long is read, so that its sender gets to see the answer.
 _DRAINED = 64 << 20
+# Seconds beyond its own that a stream has to be fetched.
+_TO_FETCH = 10.0
 
 
 def create_app(
@@ -171,7 +174,7 @@ class _Server:
             "top_p": asked.sampling.top_p,
             "max_output_tokens": asked.sampling.max_tokens,
             "store": asked.store,
-            "metadata": {},
+            "metadata": dict(asked.metadata),
         }
         headers = {} if session_id is None else {"x-session-id": session_id}
         reply = ResponseReply(self._name, turn.answer.id, repeated)
@@ -192,9 +195,9 @@ class _Server:
 
     # --- sessions --------------------------------------------------------------------------------------------------
 
-    def _session(self, request: Request, kind: str = "session") -> Session:
-        name = request.path_params["id"]
-        found = self._engine.store.get(name, self._key(request))
+    def _session(self, request: Request, kind: str = "session", also_begun: bool = False) -> Session:
+        name, key, store = request.path_params["id"], self._key(request), self._engine.store
+        found = store.get(name, key) or (store.begun(name, key) if also_begun else None)
         if found is None or found.is_response != (kind == "response"):
             raise unknown(kind, name)
         return found
@@ -207,9 +210,12 @@ class _Server:
     async def fork(self, request: Request) -> Response:
         """``POST /v1/sessions/{id}/fork``: another one that has read the same."""
         try:
-            other = await self._engine.store.fork(self._session(request))
+            session = self._session(request)
+            other = await self._engine.store.fork(session)
         except TooManySessionsError as error:
             raise Refusal(429, str(error), code="too_many_sessions") from error
+        if other is None:
+            raise unknown("session", session.id)
         return JSONResponse(self._described(other), headers={"x-session-id": other.id})
 
     async def save(self, request: Request) -> Response:
@@ -219,18 +225,20 @@ class _Server:
             raise Refusal(400, "expected a server with a folder for sessions (--sessions DIR), this one has none",
                           code="no_folder")  # fmt: skip
         async with session.busy:
-            session.named = True
+            if session.erased:
+                raise unknown("session", session.id)
+            await self._engine.store.name(session)
             return JSONResponse(self._described(session))
 
     async def erase_session(self, request: Request) -> Response:
         """``DELETE /v1/sessions/{id}``: nothing of it is left."""
-        session = self._session(request)
+        session = self._session(request, also_begun=True)
         await self._engine.store.erase(session)
         return JSONResponse({"id": session.id, "object": "session.deleted", "deleted": True})
 
     async def erase_response(self, request: Request) -> Response:
         """``DELETE /v1/responses/{id}``: nothing of it is left."""
-        response = self._session(request, "response")
+        response = self._session(request, "response", also_begun=True)
         await self._engine.store.erase(response)
         return JSONResponse({"id": response.id, "object": "response", "deleted": True})
 
@@ -288,7 +296,9 @@ class _Stream(Response):
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
-            await _unless_gone(receive, self._send(send))
+            await asyncio.wait_for(_unless_gone(receive, self._send(send)), self._turn.left + _TO_FETCH)
+        except asyncio.TimeoutError:
+            log.warning("a stream was broken off: its client did not read it")
         finally:
             self._turn.close()
 

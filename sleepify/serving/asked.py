@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from sleepify.serving.kept import Message
 from sleepify.serving.refusals import Refusal
 from sleepify.serving.sampling import Sampling
-from sleepify.serving.store import Message
 
 _CHAT_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _LARGEST_SEED = 2**63
 # Of an answer for which no limit was asked, if the server's is not smaller.
 DEFAULT_TOKENS = 1024
-# Fields that change nothing here, whatever they say.
-_IDLE = ("user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier",
-         "verbosity", "parallel_tool_calls", "prediction")  # fmt: skip
 # Fields that ask for what is not built, unless they have one of these values.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,), "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "logprobs": (False,),
@@ -26,7 +23,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"), "modalities": (["text"],), "audio": (), "response_format": ({"type": "text"},),
     "reasoning_effort": (), "web_search_options": (), "reasoning": ({},), "include": ([],), "background": (False,),
     "truncation": ("disabled",), "text": ({"format": {"type": "text"}}, {}), "prompt": (), "conversation": (),
-    "max_tool_calls": (),
+    "max_tool_calls": (), "verbosity": ("medium",),
 }  # fmt: skip
 
 
@@ -42,6 +39,7 @@ class Asked:
         store: whether the response may be gone on from.
         before: the response that it goes on from.
         instructions: a system message for this answer only.
+        metadata: what a response repeats.
     """
 
     messages: list[Message]
@@ -51,6 +49,7 @@ class Asked:
     store: bool = True
     before: str | None = None
     instructions: str | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def parse(body: bytes) -> dict[str, Any]:
@@ -77,6 +76,9 @@ def chat(body: Mapping[str, Any], model: str, limit: int) -> Asked:
     options = fields.get("stream_options", _object, {})
     if not set(options) <= {"include_usage", "include_obfuscation"}:
         _refuse("stream_options", "include_usage", options)
+    stream = fields.get("stream", _flag, False)
+    if options and not stream:
+        _refuse("stream_options", "there with stream: true only", options)
     most = fields.get("max_completion_tokens", _count(limit))
     older = fields.get("max_tokens", _count(limit))
     sampling = Sampling(
@@ -89,7 +91,7 @@ def chat(body: Mapping[str, Any], model: str, limit: int) -> Asked:
     asked = Asked(
         messages=[_message(each, f"messages[{place}]", ("text",)) for place, each in enumerate(messages)],
         sampling=sampling,
-        stream=fields.get("stream", _flag, False),
+        stream=stream,
         usage=_flag("stream_options.include_usage", options.get("include_usage", False)),
     )
     fields.see_that_nothing_is_left()
@@ -121,6 +123,7 @@ def response(body: Mapping[str, Any], model: str, limit: int) -> Asked:
         store=fields.get("store", _flag, True),
         before=fields.get("previous_response_id", _text),
         instructions=fields.get("instructions", _text),
+        metadata=fields.get("metadata", _metadata, {}),
     )
     fields.see_that_nothing_is_left()
     return asked
@@ -143,11 +146,12 @@ class _Fields:
         for name, value in self._left.items():
             if name in _NEUTRAL:
                 if not any(value == each and type(value) is type(each) for each in _neutral(name)):
-                    raise Refusal(
-                        400, f"expected no {name} other than {list(_NEUTRAL[name])}: it is not supported",
-                        name, "unsupported_parameter",
-                    )  # fmt: skip
-            elif name not in _IDLE:
+                    other = "".join(f" other than {json.dumps(each)}" for each in _NEUTRAL[name][:1])
+                    raise Refusal(400, f"expected no {name}{other}: it is not supported", name,
+                                  "unsupported_parameter")  # fmt: skip
+            elif name in _IDLE:
+                _IDLE[name](name, value)
+            else:
                 raise Refusal(400, f"expected no field {name[:80]!r}, which is not known", name[:80],
                               "unknown_parameter")  # fmt: skip
 
@@ -243,6 +247,20 @@ def _stops(name: str, value: Any) -> tuple[str, ...]:
     if len(stops) > 4 or not all(isinstance(each, str) and 0 < len(each) <= 1000 for each in stops):
         _refuse(name, "a text, or up to four, of 1 to 1000 characters", value)
     return tuple(_text(name, each) for each in stops)
+
+
+def _metadata(name: str, value: Any) -> dict[str, str]:
+    found = _object(name, value)
+    if len(found) > 16 or not all(isinstance(each, str) and len(each) <= 512 for each in found.values()):
+        _refuse(name, "an object of at most 16 texts of at most 512 characters", value)
+    return {_text(name, each): _text(name, text) for each, text in found.items()}
+
+
+# Fields that change no answer, whatever they say.
+_IDLE: dict[str, Callable[[str, Any], Any]] = {
+    "user": _text, "metadata": _metadata, "store": _flag, "safety_identifier": _text, "prompt_cache_key": _text,
+    "prompt_cache_retention": _text, "service_tier": _text, "parallel_tool_calls": _flag, "prediction": _object,
+}  # fmt: skip
 
 
 def _no_number(name: str) -> NoReturn:

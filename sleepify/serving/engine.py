@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import hashlib
+import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +18,14 @@ import torch
 from sleepify.cache import SleepCache
 from sleepify.modeling import SleepForCausalLM
 from sleepify.serving.asked import Asked
+from sleepify.serving.kept import Message, Session
 from sleepify.serving.metrics import Metrics
 from sleepify.serving.refusals import Refusal, unknown
-from sleepify.serving.scheduler import Ended, Job, Scheduler
+from sleepify.serving.scheduler import Ended, Job, Scheduler, stop_ids_of
 from sleepify.serving.spoken import Spoken
-from sleepify.serving.store import Message, Session, Store, TooManySessionsError
+from sleepify.serving.store import Store, TooManySessionsError
+
+log = logging.getLogger("sleepify.serve")
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ class Engine:
         self._template_tokenizer = copy.deepcopy(tokenizer)
         self._renderer = ThreadPoolExecutor(1, thread_name_prefix="sleepify-template")
         self.store = Store(_owner_of(model), folder, limits.bytes, limits.sessions, shared)
-        self.scheduler = Scheduler(model, _stop_ids(model, tokenizer), self.metrics)
+        self.scheduler = Scheduler(model, stop_ids_of(model, tokenizer), self.metrics)
         self._naps: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -250,12 +254,24 @@ class Engine:
     async def _sleep_when_idle(self, seconds: float) -> None:
         while True:
             await asyncio.sleep(min(1.0, seconds / 4))
-            for session in self.store.idle(time.time() - seconds):
-                async with session.busy:
-                    if (cache := await self.store.cache_of(session)) is not None and not session.erased:
-                        await self._nap(session, cache.clone())
+            await self._sleep_idle_ones(seconds)
 
-    async def _nap(self, session: Session, cache: SleepCache) -> None:
+    async def _sleep_idle_ones(self, seconds: float) -> None:
+        for session in self.store.idle(time.time() - seconds):
+            async with session.busy:
+                # Others slept before it, and it may have been called meanwhile.
+                if not self.store.is_idle(session, time.time() - seconds):
+                    continue
+                try:
+                    await self._nap(session)
+                except Exception:
+                    log.exception("sleeping while idle failed; the session is as it was")
+                    session.used = time.time()
+
+    async def _nap(self, session: Session) -> None:
+        cache = await self.store.cache_of(session)
+        if cache is None or session.erased:
+            return
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
         reasons: list[str | Ended] = []
 
@@ -263,7 +279,7 @@ class Engine:
             reasons.append(event)
             loop.call_soon_threadsafe(ended.set)
 
-        job = Job(cache, (), None, Spoken(self.decode), deliver)
+        job = Job(cache.clone(), (), None, Spoken(self.decode), deliver)
         self.scheduler.submit(job)
         await ended.wait()
         if job.cache is not None and reasons == [Ended("slept")]:
@@ -358,9 +374,14 @@ class Turn:
             raise Refusal(429, str(error), code="too_many_sessions") from error
         return Outcome(text, ended.reason, len(self.ids), self.cached, job.made)
 
+    @property
+    def left(self) -> float:
+        """Seconds that it still has."""
+        return max(0.0, self._deadline - time.monotonic())
+
     async def _in_time(self, coming: Any) -> Any:
         try:
-            return await asyncio.wait_for(coming, max(0.0, self._deadline - time.monotonic()))
+            return await asyncio.wait_for(coming, self.left)
         except asyncio.TimeoutError:
             seconds = self._engine.limits.seconds
             raise Refusal(504, f"expected an answer within {seconds:g} s, it takes longer; ask for fewer tokens",
@@ -375,10 +396,3 @@ def _owner_of(model: SleepForCausalLM) -> str:
         model.eval()(ids, past_key_values=cache)
     assert cache.owner is not None
     return cache.owner
-
-
-def _stop_ids(model: SleepForCausalLM, tokenizer: Any) -> set[int]:
-    """As `generate` has them; the tokenizer's if the model has none."""
-    known = getattr(model.generation_config, "eos_token_id", None)
-    ends = tokenizer.eos_token_id if known is None else known
-    return set() if ends is None else set(ends) if isinstance(ends, (list, tuple)) else {ends}

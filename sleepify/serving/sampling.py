@@ -63,7 +63,8 @@ def _draw(scores: Tensor, sampling: Sampling, generator: torch.Generator) -> int
     odds = ((scores - scores.max()) / sampling.temperature).softmax(-1)
     if sampling.top_p < 1:
         ordered, places = odds.sort(descending=True, stable=True)
-        # Kept is a token if those before it have less than top_p; the first one always.
-        ordered = ordered.masked_fill((ordered.cumsum(-1) - ordered) >= sampling.top_p, 0.0)
+        # Kept is a token if those before it have less than top_p; the first one always, also at 0.
+        beyond = (ordered.cumsum(-1) - ordered) >= sampling.top_p
+        ordered[1:] = ordered[1:].masked_fill(beyond[1:], 0.0)
         return int(places[torch.multinomial(ordered, 1, generator=generator)])
     return int(torch.multinomial(odds, 1, generator=generator))

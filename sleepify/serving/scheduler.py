@@ -3,10 +3,11 @@
 Rows at different places of their windows go together, because a batch is its rows (contract 8). Every turn of the loop
 makes one step of reading, up to the end of a window, and one token for every row that speaks:
 
-    reading:   rows with text to read, and rows that speak whose window is full; at most one sleep, of rows together
+    reading:   rows that speak whose window is full, first come first, and rows with text to read; at most one sleep
     speaking:  all others, one token each; nobody sleeps here
 
-So those who speak wait for at most one sleep between two of their tokens, however much others read.
+So those who speak wait for at most one sleep between two of their tokens, their own too, however much others read. Only
+where more windows are full at once than fit a step (`READ_TOKENS`) do some wait for their turn.
 """
 
 from __future__ import annotations
@@ -130,7 +131,9 @@ class Scheduler:
         with torch.inference_mode():
             while self._take_in():
                 self._drop_cancelled()
+                self._set_aside()
                 self._attempt(self._read, self._readers())
+                # A text may end where its window does.
                 self._set_aside()
                 self._attempt(self._speak, list(self._speaking))
         for job in (*self._arrived, *self._waiting, *self._reading, *self._speaking):
@@ -244,7 +247,7 @@ class Scheduler:
     # --- speaking --------------------------------------------------------------------------------------------------
 
     def _set_aside(self) -> None:
-        """Those who speak and whose window is full sleep in a step of reading, before others read."""
+        """Those who speak and whose window is full sleep in a step of reading, before others read, in their order."""
         if self._together is None:
             return
         full = []
@@ -253,7 +256,9 @@ class Scheduler:
                 job.todo = [token]
                 full.append(job)
         self._leave(full)
-        self._reading.extendleft(reversed(full))
+        waiting = sum(job.made > 0 for job in self._reading)
+        for place, job in enumerate(full, waiting):
+            self._reading.insert(place, job)
 
     def _speak(self, jobs: list[Job]) -> None:
         assert self._together is not None
@@ -361,3 +366,10 @@ def _settled(cache: SleepCache | None) -> SleepCache | None:
     if settled.now is not None:
         settled.now = settled.now.map(lambda tensor: tensor.clone(), ids=True)
     return settled
+
+
+def stop_ids_of(model: SleepForCausalLM, tokenizer: Any) -> set[int]:
+    """Tokens that end an answer, as `generate` has them; the tokenizer's if the model has none."""
+    known = getattr(model.generation_config, "eos_token_id", None)
+    ends = tokenizer.eos_token_id if known is None else known
+    return set() if ends is None else set(ends) if isinstance(ends, (list, tuple)) else {ends}

@@ -3,97 +3,31 @@
 A session belongs to the API key that it was made with, of which only a hash is kept. With a folder every turn is on
 disk when it is answered, so memory is a copy that may go at any time, with the process or under the limit.
 
-    ID.json               whose it is, the conversation, and where the open window begins
-    ID.TURN.safetensors   the sleeping memory, with its digest
-
-The second is written first, and the first one names it: whenever the process dies, a whole session is found.
+What cannot be written did not happen: memory and disk never say different things of a session.
 """
 
 from __future__ import annotations
 
 import asyncio
+import copy
 import hashlib
-import json
 import logging
-import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from sleepify.cache import SleepCache
 from sleepify.errors import CheckpointError
-from sleepify.files import discard, written_beside
-from sleepify.memory import Memory
-from sleepify.serving.prefixes import NOTHING, common, digests, extended
+from sleepify.files import discard
+from sleepify.serving.kept import OURS, Message, Session, bytes_of, read_record, record_of, remove, start_of, write
+from sleepify.serving.prefixes import common, digests, extended
 
 log = logging.getLogger("sleepify.serve")
-
-Message = dict[str, str]
-_KEPT = (
-    *("id", "key", "owner", "named", "messages", "created", "used", "turn", "start", "start_digest", "open_ids"),
-    *("windows", "bytes"),
-)
-# What is written here, whole or as a draft; other files in the folder are left alone.
-_OURS = re.compile(r"\.?(sess|resp)_[\w-]{32}(\.\d+)?(\.draft)?\.(json|safetensors)")
-
-
-@dataclass(eq=False)
-class Session:
-    """One conversation and the memory that it left.
-
-    Attributes:
-        id: which nobody can guess: 192 random bits after "sess_" or "resp_".
-        key: hash of the API key that it belongs to.
-        owner: the model that it belongs to, as `SleepCache.owner` names it.
-        named: whether its user has called it by its id; others may give way to new ones.
-        messages: the conversation; the template renders it anew in every turn.
-        turn: how many turns it has had.
-        start: tokens read before its open window.
-        start_digest: of these tokens.
-        open_ids: tokens of the open window.
-        windows: windows slept on.
-        cache: its memory; None while it is only on disk.
-        bytes: of the memory, in memory or not.
-        busy: held during a turn.
-        erased: so that a turn that is under way leaves nothing behind.
-        digest: that of the tokens before the open window, to go on with; None since it was found on disk.
-    """
-
-    id: str
-    key: str
-    owner: str
-    named: bool = False
-    messages: list[Message] = field(default_factory=list)
-    created: float = field(default_factory=time.time)
-    used: float = field(default_factory=time.time)
-    turn: int = 0
-    start: int = 0
-    start_digest: str = NOTHING
-    open_ids: list[int] = field(default_factory=list)
-    windows: int = 0
-    cache: SleepCache | None = None
-    bytes: int = 0
-    busy: asyncio.Lock = field(default_factory=asyncio.Lock)
-    erased: bool = False
-    digest: hashlib._Hash | None = None
-
-    @property
-    def tokens(self) -> int:
-        """Tokens read."""
-        return self.start + len(self.open_ids)
-
-    @property
-    def is_response(self) -> bool:
-        """Whether it is the end of a response, which never moves."""
-        return self.id.startswith("resp_")
-
-    def file(self, folder: Path) -> Path:
-        """Where its memory is after its latest turn."""
-        return folder / f"{self.id}.{self.turn}.safetensors"
 
 
 class TooManySessionsError(ValueError):
@@ -116,6 +50,7 @@ class Store:
         self.owner, self.folder, self.limit, self.per_key, self.shared = owner, folder, limit, per_key, shared
         self.bytes = 0
         self._sessions: dict[str, Session] = {}
+        self._begun: WeakValueDictionary[str, Session] = WeakValueDictionary()
         self._by_start: dict[tuple[str, int, str], set[str]] = {}
         self._starts: dict[str, dict[int, int]] = {}
         self._files = ThreadPoolExecutor(1, thread_name_prefix="sleepify-files")
@@ -137,8 +72,12 @@ class Store:
         """The session of that id if it belongs to the key."""
         if self.shared:
             self._look_again(session_id)
-        found = self._sessions.get(session_id)
-        return found if found is not None and secrets.compare_digest(found.key, key) else None
+        return _own(self._sessions.get(session_id), key)
+
+    def begun(self, session_id: str, key: str) -> Session | None:
+        """One whose first turn is under way: its user knows the id, and may erase it."""
+        found = _own(self._begun.get(session_id), key)
+        return None if found is None or found.erased or session_id in self._sessions else found
 
     def longest_prefix(self, key: str, ids: Sequence[int]) -> tuple[Session | None, int]:
         """The session of a key that has read the longest prefix of these ids, and how many of them it has.
@@ -163,22 +102,21 @@ class Store:
 
     def idle(self, since: float) -> list[Session]:
         """Sessions with an open window that were not used since then and can sleep."""
-        return [
-            each
-            for each in self._sessions.values()
-            if not each.is_response
-            and each.used <= since
-            and each.open_ids
-            and each.digest is not None
-            and not each.busy.locked()
-            and not (self.shared and self._is_gone_on(each))
-        ]
+        idle = [each for each in self._sessions.values() if self.is_idle(each, since) and not each.busy.locked()]
+        return [each for each in idle if not (self.shared and self._is_gone_on(each))]
+
+    def is_idle(self, session: Session, since: float) -> bool:
+        """Whether it has an open window, was not used since then and can sleep."""
+        is_known = session.digest is not None and not session.is_response and not session.erased
+        return is_known and session.used <= since and bool(session.open_ids)
 
     # --- a session's life ------------------------------------------------------------------------------------------
 
     def new(self, key: str, kind: str = "sess", named: bool = False) -> Session:
         """A session that has read nothing; it counts from its first `keep` on."""
-        return Session(f"{kind}_{secrets.token_urlsafe(24)}", key, self.owner, named)
+        session = Session(f"{kind}_{secrets.token_urlsafe(24)}", key, self.owner, named)
+        self._begun[session.id] = session
+        return session
 
     async def cache_of(self, session: Session) -> SleepCache | None:
         """Its memory, from disk if it must; None if the file is lost or damaged, so that the text is read anew."""
@@ -200,50 +138,89 @@ class Store:
 
         Raises:
             TooManySessionsError: for a new session, if the key has too many.
+            OSError: if it cannot be written; then it is what it was.
         """
+        if session.id not in self._sessions and not session.erased:
+            await self._make_place(session.key)
         if session.erased:
             return False
-        if session.id not in self._sessions:
-            await self._make_place(session.key)
-        session.messages, session.used = messages, time.time()
-        await self._move(session, cache, extended(hashlib.sha256(), read[: _start(cache)]))
+        async with self._moving(session):
+            session.messages, session.used = messages, time.time()
+            await self._move(session, cache, extended(hashlib.sha256(), read[: start_of(cache)]))
         return not session.erased
 
     async def keep_slept(self, session: Session, cache: SleepCache) -> None:
         """It has slept on all of its open window."""
         if not session.erased and session.digest is not None:
-            await self._move(session, cache, extended(session.digest.copy(), session.open_ids))
+            async with self._moving(session):
+                await self._move(session, cache, extended(session.digest.copy(), session.open_ids))
+
+    @asynccontextmanager
+    async def _moving(self, session: Session) -> AsyncIterator[None]:
+        """What is done to it within is done, on disk too, or did not happen."""
+        before, was_known = copy.copy(session), session.id in self._sessions
+        self._forget_start(session)
+        try:
+            yield
+        except Exception:
+            self._forget_start(session)
+            self._release(session)
+            if not session.erased:
+                vars(session).update(vars(before) | {"cache": None, "named": session.named})
+                if was_known:
+                    self._note_start(session)
+                else:
+                    self._sessions.pop(session.id, None)
+                if was_known and before.cache is not None:
+                    self._hold(session, before.cache)
+            raise
+        await self._make_room(but=session)
 
     async def _move(self, session: Session, cache: SleepCache, digest: hashlib._Hash) -> None:
         assert cache.open_ids is not None
-        self._forget_start(session)
         before = session.file(self.folder) if self.folder is not None and session.turn else None
         session.turn += 1
-        session.start, session.digest, session.start_digest = _start(cache), digest, digest.hexdigest()
+        session.start, session.digest, session.start_digest = start_of(cache), digest, digest.hexdigest()
         session.open_ids = cache.open_ids[0, : cache.open_lengths[0]].tolist()
         session.windows = cache.windows[0]
+        await self._enter(session, cache, before)
+
+    async def _enter(self, session: Session, cache: SleepCache | None, before: Path | None) -> None:
         self._sessions[session.id] = session
         self._note_start(session)
-        self._hold(session, cache)
-        if self.folder is not None:
-            await self._on_disk(_write, self.folder, session.file(self.folder), _record(session), cache, before)
-        await self._make_room(but=session)
-
-    async def fork(self, session: Session) -> Session:
-        """Another session that has read the same."""
-        cache = await self.cache_of(session)
-        other = self.new(session.key, named=True)
-        await self._make_place(session.key)
-        for name in ("start", "start_digest", "digest", "open_ids", "windows", "bytes"):
-            setattr(other, name, getattr(session, name))
-        other.messages, other.turn = list(session.messages), 1
-        self._sessions[other.id] = other
-        self._note_start(other)
         if cache is not None:
-            self._hold(other, cache.clone())
+            self._hold(session, cache)
         if self.folder is not None:
-            await self._on_disk(_write, self.folder, other.file(self.folder), _record(other), cache, None)
-        await self._make_room(but=other)
+            await self._on_disk(write, self.folder, session.file(self.folder), record_of(session), cache, before)
+
+    async def name(self, session: Session) -> None:
+        """Its user has called it by its id: it gives way to no other one, also after a restart."""
+        session.named = True
+        if self.folder is not None:
+            await self._on_disk(write, self.folder, session.file(self.folder), record_of(session), None, None)
+
+    async def fork(self, session: Session) -> Session | None:
+        """Another session that has read the same; None if it was erased meanwhile.
+
+        Raises:
+            TooManySessionsError: if the key has too many.
+            OSError: if it cannot be written; then there is none.
+        """
+        session.named = True
+        while True:
+            turn, cache = session.turn, await self.cache_of(session)
+            await self._make_place(session.key)
+            # Its turns go on meanwhile.
+            if session.turn == turn:
+                break
+        if session.erased:
+            return None
+        other = self.new(session.key, named=True)
+        async with self._moving(other):
+            for name in ("start", "start_digest", "digest", "open_ids", "windows", "bytes"):
+                setattr(other, name, getattr(session, name))
+            other.messages, other.turn = list(session.messages), 1
+            await self._enter(other, None if cache is None else cache.clone(), None)
         return other
 
     async def erase(self, session: Session) -> None:
@@ -255,7 +232,7 @@ class Store:
         session.messages, session.open_ids = [], []
         if self.folder is not None:
             # In the one thread that writes, and so after what is being written.
-            await self._on_disk(_remove, self.folder, session.id)
+            await self._on_disk(remove, self.folder, session.id)
 
     async def close(self) -> None:
         """Wait until everything is written."""
@@ -265,7 +242,7 @@ class Store:
 
     def _hold(self, session: Session, cache: SleepCache) -> None:
         self._release(session)
-        session.cache, session.bytes = cache, _bytes(cache)
+        session.cache, session.bytes = cache, bytes_of(cache)
         self.bytes += session.bytes
 
     def _release(self, session: Session) -> None:
@@ -288,15 +265,15 @@ class Store:
                 await self.erase(session)
 
     async def _make_place(self, key: str) -> None:
-        mine = [each for each in self._sessions.values() if each.key == key]
-        if len(mine) < self.per_key:
-            return
-        idle = [each for each in mine if not each.named and not each.busy.locked()]
-        if not idle:
-            raise TooManySessionsError(
-                f"expected at most {self.per_key} sessions of a key, got one more; erase some (DELETE /v1/sessions/ID)"
-            )
-        await self.erase(min(idle, key=lambda each: each.used))
+        # Others may come while one is erased.
+        while len(mine := [each for each in self._sessions.values() if each.key == key]) >= self.per_key:
+            idle = [each for each in mine if not each.named and not each.busy.locked()]
+            if not idle:
+                raise TooManySessionsError(
+                    f"expected at most {self.per_key} sessions of a key, got one more; erase some "
+                    "(DELETE /v1/sessions/ID)"
+                )
+            await self.erase(min(idle, key=lambda each: each.used))
 
     # --- what was read ---------------------------------------------------------------------------------------------
 
@@ -327,17 +304,16 @@ class Store:
     def _find(self, folder: Path) -> None:
         """The sessions of an earlier process; what one that was killed left half done is removed."""
         known: set[str] = set()
-        for path in sorted(each for each in folder.glob("*.json") if _OURS.fullmatch(each.name)):
+        for path in sorted(each for each in folder.glob("*.json") if OURS.fullmatch(each.name)):
             known |= self._take_in(path)
         for path in () if self.shared else folder.iterdir():
-            if path.name not in known and _OURS.fullmatch(path.name):
+            if path.name not in known and OURS.fullmatch(path.name):
                 discard(path)
 
     def _take_in(self, path: Path) -> set[str]:
         """The session of a record, if it is of this model; the names of the files that belong to the record."""
         try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            session = Session(**{name: kept[name] for name in _KEPT})
+            session = read_record(path)
         except (ValueError, KeyError, TypeError, OSError) as error:
             log.warning("no session in %s: %r", path, error)
             return set()
@@ -355,7 +331,7 @@ class Store:
     def _look_again(self, session_id: str) -> bool:
         """Take over what another process has made of a session, or made anew; whether there was such a thing."""
         known, path = self._sessions.get(session_id), (self.folder or Path()) / f"{session_id}.json"
-        if self.folder is None or not _OURS.fullmatch(path.name) or (known and not self._is_gone_on(known)):
+        if self.folder is None or not OURS.fullmatch(path.name) or (known and not self._is_gone_on(known)):
             return False
         if known:
             self._forget_start(known)
@@ -364,33 +340,5 @@ class Store:
         return bool((path.exists() and self._take_in(path)) or known)
 
 
-def _start(cache: SleepCache) -> int:
-    return cache.seen[0] - cache.open_lengths[0]
-
-
-def _bytes(cache: SleepCache) -> int:
-    assert cache.now is not None and cache.open_ids is not None
-    tensors = [*cache.memory.tensors(), *Memory(1, cache.at_start).tensors(), cache.open_ids]
-    # The state at the window's start may be the state now.
-    return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
-
-
-def _record(session: Session) -> str:
-    return json.dumps({name: getattr(session, name) for name in _KEPT})
-
-
-def _write(folder: Path, path: Path, record: str, cache: SleepCache | None, before: Path | None) -> None:
-    session_id = path.name.split(".")[0]
-    if cache is not None:
-        cache.save(path)
-    with written_beside(folder / f"{session_id}.json") as draft:
-        draft.write_text(record, encoding="utf-8")
-    if before is not None:
-        discard(before)
-
-
-def _remove(folder: Path, session_id: str) -> None:
-    # The record goes first: without it the rest is nobody's.
-    discard(folder / f"{session_id}.json")
-    for path in folder.glob(f"{session_id}.*"):
-        discard(path)
+def _own(found: Session | None, key: str) -> Session | None:
+    return found if found is not None and secrets.compare_digest(found.key, key) else None

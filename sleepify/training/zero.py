@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from sleepify.training.arguments import SleepTrainingArguments
 from sleepify.training.optim import build_deepspeed_optimizer, build_optimizer, is_narrow
@@ -13,7 +14,7 @@ from sleepify.training.optim import build_deepspeed_optimizer, build_optimizer, 
 logger = logging.getLogger(__name__)
 
 
-def build_zero_optimizer(model: nn.Module, args: SleepTrainingArguments, config: dict[str, Any]) -> Any:
+def build_zero_optimizer(model: nn.Module, args: SleepTrainingArguments, config: dict[str, Any]) -> Optimizer:
     """The optimiser of a run under DeepSpeed; completes DeepSpeed's configuration, before it is read.
 
     Args:

@@ -26,6 +26,8 @@ LARGEST = 1000
 """No parameter on the path may exceed this."""
 LITERALS = 4
 MOST_SOURCES = 4
+_REDRAWS = 30
+"""How often the numbers of a graph are drawn before it is given up for one that is negative, zero or too large."""
 _BUDGETS = {(2, 3): (1, 2), (2, 5): (2, 3), (3, 3): (1, 2), (3, 5): (2, 3), (3, 8): (4, 4, 5)}
 """By depth and operations, the in-degrees to draw from, where one alone is further from the published shares."""
 
@@ -116,13 +118,16 @@ def _draw_dependencies(rng: Random, structure: Structure, operations: int, budge
     sources = _raise_degrees(rng, order, needs, budget)
     if sources is None:
         return None
-    definitions = {p: _definition(rng, *sources[p]) for p in order if not p.implied}
-    degree = sum(definitions[p].degree if p in definitions else len(needs[p]) for p in order if p.kind != Kind.MIRROR)
-    if degree != operations:
+    own = {p: len(drawn) + literal for p, (drawn, literal) in sources.items()}
+    if sum(own.get(p, len(needs[p])) for p in order if p.kind is not Kind.MIRROR) != operations:
         return None
     order = [p for p in order if p.kind is not Kind.MIRROR]
-    values = evaluate(structure, order, definitions)
-    if not all(_allowed(parameter, value) for parameter, value in values.items()):
+    for _ in range(_REDRAWS):
+        definitions = {p: _definition(rng, *sources[p]) for p in order if not p.implied}
+        values = evaluate(structure, order, definitions)
+        if all(_allowed(parameter, value) for parameter, value in values.items()):
+            break
+    else:
         return None
     unknown = None
     if reverse:

@@ -197,7 +197,8 @@ class Rows:
     def spread(self, scores: Tensor, rows: np.ndarray, columns: np.ndarray) -> Tensor:
         """Values [M, V] of aligned tokens into [batch, asked columns, V] as they were given, 0 where there is none."""
         batch, width = self.batch, self.width
-        if scores.shape[0] == batch * self.columns.size == 1:
+        if batch == width == self.columns.size == scores.shape[0] == 1:
+            # The one token given; of a longer row, a value may be there for its label, and its column not asked for.
             return scores[None]
         asked, back = np.unique(self.columns, return_inverse=True)
         place = np.full(width, -1, dtype=np.int64)

@@ -4,8 +4,8 @@
 
 A scenario is a dict: ``name``, ``sleep`` (fields of SleepConfig), ``accumulation``, ``resume`` (go on from step 3 in a
 new trainer), ``spoil`` and ``terminate`` (after so many steps the last rank has a loss that is not a number, or gets a
-SIGTERM), ``dtype`` (of the base; what was trained is saved), and any training argument. The tests call `run` themselves
-for what one process makes of the same rows.
+SIGTERM), ``dtype`` (of the base; what was trained is saved, and the model), and any training argument. The tests call
+`run` themselves for what one process makes of the same rows.
 """
 
 from __future__ import annotations
@@ -154,6 +154,8 @@ def run(scenario: dict[str, Any], root: Path, world: int) -> dict[str, Any]:
         values = float32_values(trainer)
         if trainer.args.process_index == 0:
             save_file(values, directory / "trained.safetensors")
+        if not scenario.get("fsdp"):
+            trainer.save_model(str(directory / "saved"))
     if scenario.get("resume"):
         start(scenario)
         resumed = build(scenario, directory, world)

@@ -30,6 +30,7 @@ from sleepify.memory import LayerKey, LayerState, Memory
 from sleepify.snapshot import Snapshot
 
 IGNORE = -100
+PAD = 0
 # Of the calls of one program; long enough that sessions meet most other calls, short enough to name the one at fault.
 CALLS_PER_PROGRAM = 25
 MAX_ROWS = 4
@@ -505,7 +506,11 @@ class Program:
         batch = self.batch(given, SleepCache(), contiguous=self.chance(0.5))
         how, keywords = self.how(max_new_tokens=self.random.randint(1, self.size + 2), do_sample=False)
         ends = self.random.choice([None, self.random.sample(range(VOCAB), 20)])
-        keywords |= {"eos_token_id": ends, "attention_mask": batch.mask, "return_dict_in_generate": True}
+        mask = batch.mask
+        if mask is None and (batch.ids == PAD).any():
+            # Without a mask transformers takes what a row made for padding, where it is the pad token.
+            mask = torch.ones_like(batch.ids)
+        keywords |= {"eos_token_id": ends, "attention_mask": mask, "return_dict_in_generate": True}
         if not begins:
             keywords["past_key_values"] = session.cache
         elif fixed:

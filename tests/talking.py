@@ -59,6 +59,16 @@ def talker(**keywords: Any) -> SleepForCausalLM:
         return sleeping(dtype=keywords.pop("dtype", torch.float64), **({"window_size": 12} | keywords))
 
 
+def saved_talker(folder: Path, **settings: Any) -> Path:
+    """A checkpoint of one in float32 with its tokenizer, generating by these settings."""
+    model = talker(dtype=torch.float32)
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
 def run_example(example: str, model: SleepForCausalLM, words: Any, text: str, monkeypatch: Any) -> dict[str, Any]:
     """What a page's example leaves: run in this folder, beside the checkpoint and the book that it names.
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import talking
-import torch
 
 from sleepify import Session
 from sleepify.cli import chat
@@ -27,12 +26,7 @@ PATIENCE = 120.0  # seconds for a start or an answer; a terminal that stays sile
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A saved model that sleeps and never ends an answer by itself, and its tokenizer."""
-    folder = tmp_path_factory.mktemp("chat") / "model"
-    model = talking.talker(dtype=torch.float32)
-    model.generation_config.eos_token_id = None
-    model.save_pretrained(folder)
-    talking.tokenizer().save_pretrained(folder)
-    return folder
+    return talking.saved_talker(tmp_path_factory.mktemp("chat") / "model", eos_token_id=None)
 
 
 class Terminal:

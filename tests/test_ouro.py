@@ -1,14 +1,13 @@
 """Ouro against the published code's tensors (tests/fixtures/ouro), and against itself in other shapes."""
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from published import check_code_is_not_run, check_saved_as_published, left_padded
 from safetensors.torch import load_file
 from tolerances import EXACT, PARITY, assert_close
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from sleepify.models import OuroConfig, OuroForCausalLM, OuroModel
 from sleepify.models.ouro import OuroRMSNorm
@@ -44,42 +43,16 @@ def small(seed=0, dtype=torch.float64, attention="sdpa", **overrides):
     return OuroForCausalLM(config).to(dtype).eval()
 
 
-def left_padded(lengths, vocab, seed=1):
-    """ids and mask [B, max(lengths)], real tokens at the right."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1, vocab, (len(lengths), max(lengths)), generator=generator)
-    mask = (torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]).long()
-    return ids * mask, mask
-
-
 # ---- files
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"trust_remote_code": True}])
 def test_published_files_load_and_their_code_is_not_run(tmp_path, kwargs):
-    directory = shutil.copytree(FIXTURE, tmp_path / "checkpoint")
-    assert set(json.loads((directory / "config.json").read_text())["auto_map"]) >= {
-        "AutoConfig",
-        "AutoModelForCausalLM",
-    }
-    for name in ("configuration_ouro.py", "modeling_ouro.py"):
-        (directory / name).write_text("raise RuntimeError('remote code was run')")
-    model, report = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, **kwargs)
-    assert type(model) is OuroForCausalLM
-    assert not any(report.values()), report
-    assert type(AutoConfig.from_pretrained(directory, **kwargs)) is OuroConfig
-    assert type(AutoModel.from_pretrained(directory, **kwargs)) is OuroModel
+    check_code_is_not_run(FIXTURE, tmp_path, kwargs, (OuroConfig, OuroModel, OuroForCausalLM))
 
 
 def test_save_and_load_give_the_same_model_and_the_published_keys(tmp_path, model):
-    model.save_pretrained(tmp_path)
-    saved, published = load_file(tmp_path / "model.safetensors"), load_file(FIXTURE / "model.safetensors")
-    assert saved.keys() == published.keys()
-    assert all(torch.equal(saved[key], published[key]) for key in saved)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
-    assert torch.equal(again(CASES["input_ids"]).logits, model(CASES["input_ids"]).logits)
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert "auto_map" not in config
+    config = check_saved_as_published(FIXTURE, tmp_path, model, CASES["input_ids"])
     assert (config["total_ut_steps"], config["early_exit_threshold"], config["head_dim"]) == (4, 1.0, 16)
 
 

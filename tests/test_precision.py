@@ -21,6 +21,7 @@ from sleepify.fast_weights import LAYERS
 from sleepify.fast_weights.parts import Linear
 from sleepify.training import SleepTrainingArguments
 from sleepify.training.optim import MuonAdamW, build_optimizer
+from sleepify.training.zero import build_zero_optimizer, keep_float32
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -231,9 +232,8 @@ def test_bfloat16_weights_are_trained_as_float32_ones_and_rounded(tmp_path, name
 
 
 def zero(stage):
-    return {
-        "deepspeed": {"zero_optimization": {"stage": stage}, "bf16": {"enabled": "auto"}} | dict.fromkeys(AUTO, "auto")
-    }
+    how = {"stage": stage} | ({"stage3_gather_16bit_weights_on_model_save": True} if stage == 3 else {})
+    return {"deepspeed": {"zero_optimization": how, "bf16": {"enabled": "auto"}} | dict.fromkeys(AUTO, "auto")}
 
 
 RATES = {"muon_learning_rate": 1e-3, "adamw_learning_rate": 5e-5, "max_grad_norm": 0.0, "dtype": "bfloat16"}
@@ -257,6 +257,43 @@ def test_two_processes_train_a_bfloat16_model_in_float32(tmp_path):
             assert value.dtype == torch.float32, f"{name}: {key}"
             assert not torch.equal(value, value.bfloat16().float()), f"{name}: {key}"
             assert values[f"ddp-{what}"][key].shape == value.shape
+        if mode != "fsdp2":
+            saved = load_file(tmp_path / name / "saved" / "model.safetensors")
+            inserted = [key for key in values[name] if key.startswith("fast_weights.")]
+            assert any("A_log" in key for key in inserted)
+            for key in inserted:
+                assert saved[key].dtype == torch.float32 and torch.equal(saved[key], values[name][key]), (
+                    f"{name}: {key}"
+                )
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_bf16_under_deepspeed_is_autocast_over_float32(tmp_path, caplog, frozen):
+    model = sleeping(tiny_base("qwen3", torch.bfloat16, num_hidden_layers=2), fast_weights=FastWeightConfig(layers=[1]))
+    model.freeze_base(frozen)
+    expected, config = bits(model), {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}
+    args = SleepTrainingArguments(str(tmp_path), use_cpu=True, optimizer="adamw")
+    optimizer = build_zero_optimizer(model, args, config)
+    assert config["bf16"] == {"enabled": False}
+    assert config["torch_autocast"] == {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    assert {p.dtype for group in optimizer.param_groups for p in group["params"]} == {torch.float32}
+    base = {p.dtype for p in model.language_model.parameters()}
+    assert base == {torch.bfloat16 if frozen else torch.float32}
+    assert all(torch.equal(p, expected[name]) for name, p in model.fast_weights.named_parameters())
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("half", "partitioned"), [("fp16", False), ("bf16", True)])
+def test_what_deepspeed_rounds_is_said(caplog, half, partitioned):
+    model = sleeping(tiny_base("qwen3", torch.bfloat16, num_hidden_layers=2), fast_weights=FastWeightConfig(layers=[1]))
+    if partitioned:
+        model.fast_weights[0].o_proj.weight.ds_id = 0
+    config = {half: {"enabled": True}}
+    keep_float32(model, config)
+    assert config == {half: {"enabled": True}}
+    assert "rounds inserted layers to 16 bits" in caplog.text and "zero_to_fp32.py" in caplog.text
+    keep_float32(model, {"bf16": {"enabled": False}, "fp16": {"enabled": False}})
+    assert len(caplog.records) == 1
 
 
 USES = 96

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import talking
-import torch
 from transformers.utils.import_utils import is_serve_available
 
 from sleepify import SleepForCausalLM
@@ -30,12 +29,7 @@ SAID = "a cab had a bed, who did?"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A checkpoint with its tokenizer; greedy by its own settings."""
-    path = tmp_path_factory.mktemp("cli") / "talker"
-    model = talking.talker(dtype=torch.float32)
-    model.generation_config.do_sample = False
-    model.save_pretrained(path)
-    talking.tokenizer().save_pretrained(path)
-    return path
+    return talking.saved_talker(tmp_path_factory.mktemp("cli") / "talker", do_sample=False)
 
 
 def environment(folder: Path) -> dict[str, str]:

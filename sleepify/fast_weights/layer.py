@@ -57,7 +57,7 @@ class FastWeightLayer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What moves and converts modules ends here: ``half()`` and the like leave float32, all else does as it says.
 
-        DeepSpeed converts past this: its 16 bits are copies of float32 weights that it trains.
+        DeepSpeed's own bf16 converts past this, so that it is not used (``sleepify.training.zero``).
         """
 
         def kept(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sleepify.ops.chunking import accumulation_dtype
+from sleepify.ops.chunking import accumulation_dtype, autocasts
 from sleepify.ops.conv import short_conv
 
 
@@ -47,9 +47,8 @@ class Linear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        device = x.device.type
-        if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
+        if x.dtype != torch.float64 and autocasts(x.device):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         if x.dtype == self.weight.dtype:
             return F.linear(x, self.weight, self.bias)
         result: Tensor = CastLinear.apply(x, self.weight, self.bias)

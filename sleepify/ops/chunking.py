@@ -18,9 +18,17 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for a device."""
+    if torch.compiler.is_compiling():
+        # torch 2.9 cannot trace the question whether a kind of device has autocast at all; these have.
+        return device.type in ("cpu", "cuda", "xpu", "mps") and torch.is_autocast_enabled(device.type)
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """A context without autocast: it would round the state to half precision at every product."""
-    if torch.amp.autocast_mode.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if autocasts(device):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 

@@ -195,12 +195,8 @@ def evaluate(
                     answers += [(index, *scored) for scored in score(example, choices) if index < n_examples]
     finally:
         model.train(was_training)
-    gathered: list[Any] = [found]
-    if n_ranks > 1:
-        gathered = [None] * n_ranks
-        dist.all_gather_object(gathered, found)
     scores, answered = [], []
-    for (loops, window), *parts in zip(settings, *gathered, strict=True):
+    for (loops, window), *parts in zip(settings, *of_all_ranks(found, n_ranks), strict=True):
         # Stable: queries of one row stay in their order.
         answers = sorted((answer for part in parts for answer in part), key=operator.itemgetter(0))
         answered.append("".join(str(int(correct)) for _, _, correct in answers))
@@ -209,6 +205,15 @@ def evaluate(
             scores.append(Score(loops or 1, window, difficulty, sum(correct), len(correct)))
     name = getattr(task, "difficulty_name", "difficulty")
     return Report(type(task).__name__, name, split, n_examples, scores, answered)
+
+
+def of_all_ranks(found: Any, n_ranks: int) -> list[Any]:
+    """What each rank found, by rank."""
+    gathered: list[Any] = [found]
+    if n_ranks > 1:
+        gathered = [None] * n_ranks
+        dist.all_gather_object(gathered, found)
+    return gathered
 
 
 def settings_of(

@@ -224,7 +224,7 @@ class MuonAdamW(torch.optim.Optimizer):
             for groups in (state_dict["param_groups"], self.param_groups)
         )
         for index, parameter in zip(saved, own, strict=True):
-            if _is_narrow(parameter):
+            if is_narrow(parameter):
                 for key, value in state_dict["state"].get(index, {}).items():
                     if isinstance(value, Tensor) and key != "step":
                         self.state[parameter][key] = value.to(parameter.device, torch.float32)
@@ -246,7 +246,7 @@ class MuonAdamW(torch.optim.Optimizer):
         """Put float32 copies in the place of narrower parameters, and round them to those at the end."""
         groups = part.param_groups
         trained = [p for group in groups for p in group["params"] if p.grad is not None]
-        masters = {p: self.state[p].get("master", None) for p in trained if _is_narrow(p)}
+        masters = {p: self.state[p].get("master", None) for p in trained if is_narrow(p)}
         if not masters:
             yield
             return
@@ -267,7 +267,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 parameter.copy_(master)
 
 
-def _is_narrow(parameter: Tensor) -> bool:
+def is_narrow(parameter: Tensor) -> bool:
     """Whether its numbers are too far apart to be trained in place."""
     return parameter.dtype in (torch.bfloat16, torch.float16)
 

@@ -24,7 +24,7 @@ from sleepify.modeling import SleepForCausalLM
 from sleepify.settings import check_positive
 from sleepify.tasks.base import IGNORE
 from sleepify.training.data import SleepCollator
-from sleepify.training.evaluate import wilson
+from sleepify.training.evaluate import of_all_ranks, wilson
 from sleepify.training.rounds import equalise
 from sleepify.training.text_data import TextRows
 
@@ -141,12 +141,8 @@ def evaluate_text(
                 tallies.setdefault(name, Tally()).add(tally)
     finally:
         model.train(was_training)
-    gathered: list[Any] = [tallies]
-    if n_ranks > 1:
-        gathered = [None] * n_ranks
-        dist.all_gather_object(gathered, tallies)
     merged: dict[str, Tally] = {}
-    for part in gathered:
+    for part in of_all_ranks(tallies, n_ranks):
         for name, tally in part.items():
             merged.setdefault(name, Tally()).add(tally)
     return _results(merged)

@@ -32,11 +32,12 @@ from sleepify.training.arguments import SleepTrainingArguments
 from sleepify.training.data import SleepCollator, TaskDataset
 from sleepify.training.norms import state_norms
 from sleepify.training.objectives import SUPERVISED, Criterion, objectives_of, sleeping_model
-from sleepify.training.optim import build_deepspeed_optimizer, build_optimizer, idle_layers
+from sleepify.training.optim import build_optimizer, idle_layers
 from sleepify.training.rounds import equalise, restore
 from sleepify.training.runs import describe_run, read_manifest, remove_drafts, whole_or_not_at_all, write_manifest
 from sleepify.training.stopping import StopRequest
 from sleepify.training.text_data import TextRows
+from sleepify.training.zero import build_zero_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -143,15 +144,13 @@ class SleepTrainer(Trainer):
         return super()._get_train_sampler(train_dataset)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """See `build_optimizer`, and under DeepSpeed `build_deepspeed_optimizer`."""
+        """See `build_optimizer`, and under DeepSpeed `build_zero_optimizer`."""
         if self.optimizer is None:
             trained = self.model if model is None else model
             assert trained is not None
-            if self.is_deepspeed_enabled and self.args.optimizer == "muon":
-                # ZeRO-3 could not put a matrix together from scattered gradients, and says so.
-                zero = self.accelerator.state.deepspeed_plugin.hf_ds_config.config["zero_optimization"]
-                zero.setdefault("reduce_scatter", False)
-                self.optimizer = build_deepspeed_optimizer(trained, self.args)
+            if self.is_deepspeed_enabled:
+                config = self.accelerator.state.deepspeed_plugin.hf_ds_config.config
+                self.optimizer = build_zero_optimizer(trained, self.args, config)
             else:
                 self.optimizer = build_optimizer(trained, self.args)
         return self.optimizer

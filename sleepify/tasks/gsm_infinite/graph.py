@@ -26,8 +26,18 @@ LARGEST = 1000
 """No parameter on the path may exceed this."""
 LITERALS = 4
 MOST_SOURCES = 4
-_BUDGETS = {(2, 3): (1, 2), (2, 5): (2, 3), (3, 3): (1, 2), (3, 5): (2, 3), (3, 8): (4, 4, 5)}
-"""By depth and operations, the in-degrees to draw from, where one alone is further from the published shares."""
+_REDRAWS = 30
+"""How often the numbers of a graph are drawn before it is given up for one that is negative, zero or too large."""
+_BUDGETS = {
+    (2, False): {4: {2: 1}, 5: {2: 1, 5: 2}, 6: {3: 2, 6: 7}, 7: {4: 2, 5: 1}, 8: {3: 1, 5: 1}},
+    (2, True): {4: {1: 10, 2: 3}, 5: {2: 1, 5: 2}, 6: {4: 1}, 7: {4: 1, 6: 6}, 8: {3: 1, 5: 1}},
+    (3, False): {2: {1: 1, 4: 5}, 3: {1: 15, 2: 1}, 4: {1: 8, 2: 7}, 5: {2: 8, 3: 13, 4: 1}}
+    | {6: {3: 27, 4: 3, 6: 2}, 7: {3: 11, 6: 4}, 8: {3: 3, 4: 2, 5: 1}},
+    (3, True): {2: {1: 3, 4: 20}, 3: {1: 6, 4: 1}, 4: {2: 1}, 5: {2: 5, 3: 13, 5: 2}}
+    | {6: {3: 13, 5: 1}, 7: {3: 5, 4: 3, 5: 4}, 8: {4: 7, 5: 1, 7: 4}},
+}
+"""By depth, whether reversed, and operations: in-degrees to try, and how often each. Fitted to the published shares of
+binary operations and of kinds of question; one in-degree alone is further from them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +55,6 @@ class Definition:
     constant: int | None = None
     times: bool = False
     difference: bool = False
-
-    @property
-    def degree(self) -> int:
-        return len(self.sources) + (self.constant is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +97,11 @@ def draw_core(rng: Random, operations: int, depth: int, reverse: bool, size: tup
     Raises:
         ValueError: no problem came out of far more attempts than problems of the full size take.
     """
-    # Half of the operations, and one more from 8 on, but for what the published statistics have otherwise.
-    budgets = _BUDGETS.get((depth, operations), ((operations + 1) // 2 + (operations >= 8),))
+    # Half of the operations, and one more from 8 on, where no statistics are published.
+    budgets = _BUDGETS[depth, reverse].get(operations, {(operations + 1) // 2 + (operations >= 8): 1})
     attempts = 5000 * operations
     for _ in range(attempts):
-        budget = rng.choice(budgets)
+        (budget,) = rng.choices(list(budgets), list(budgets.values()))
         structure = draw_structure(rng, budget, depth, reverse, size)
         core = _draw_dependencies(rng, structure, operations, budget, reverse) if structure else None
         if core is not None:
@@ -116,13 +122,16 @@ def _draw_dependencies(rng: Random, structure: Structure, operations: int, budge
     sources = _raise_degrees(rng, order, needs, budget)
     if sources is None:
         return None
-    definitions = {p: _definition(rng, *sources[p]) for p in order if not p.implied}
-    degree = sum(definitions[p].degree if p in definitions else len(needs[p]) for p in order if p.kind != Kind.MIRROR)
-    if degree != operations:
+    own = {p: len(drawn) + literal for p, (drawn, literal) in sources.items()}
+    if sum(own.get(p, len(needs[p])) for p in order if p.kind is not Kind.MIRROR) != operations:
         return None
     order = [p for p in order if p.kind is not Kind.MIRROR]
-    values = evaluate(structure, order, definitions)
-    if not all(_allowed(parameter, value) for parameter, value in values.items()):
+    for _ in range(_REDRAWS):
+        definitions = {p: _definition(rng, *sources[p]) for p in order if not p.implied}
+        values = evaluate(structure, order, definitions)
+        if all(_allowed(parameter, value) for parameter, value in values.items()):
+            break
+    else:
         return None
     unknown = None
     if reverse:
@@ -144,8 +153,7 @@ def _select(rng: Random, structure: Structure, budget: int) -> dict[Parameter, l
     mirrors = [Parameter(Kind.MIRROR, p.place, p.thing) for p in instances if p.kind is Kind.AVERAGE]
     hardest = [p for p in totals if p.kind is Kind.GRAND_TOTAL]
     for level in (hardest, [p for p in totals if p.kind is Kind.TOTAL] + mirrors):
-        # Mirrors tend to go first: shares of query kinds with depth 3 are then nearer the published statistics.
-        level.sort(key=lambda p: rng.random() * (0.6 if p.kind is Kind.MIRROR else 1.0))
+        rng.shuffle(level)
         for parameter in level:
             if parameter in needs:
                 continue
@@ -222,7 +230,7 @@ def _raise_degrees(
     """Sources of every instance, and whether a literal is among them."""
     counts = {p: len(needs[p]) for p in order}
     for _ in range(budget - sum(counts.values())):
-        open_to = [p for i, p in enumerate(order) if not p.implied and counts[p] < min(3, i)]
+        open_to = [p for i, p in enumerate(order) if not p.implied and counts[p] < min(3, i + 1)]
         if not open_to:
             return None
         counts[rng.choice(open_to)] += 1

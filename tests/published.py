@@ -1,0 +1,51 @@
+"""What holds for every base whose published files transformers cannot read by itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+
+
+def left_padded(lengths: list[int], vocab: int, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """ids and mask [B, max(lengths)], real tokens at the right."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, vocab, (len(lengths), max(lengths)), generator=generator)
+    mask = (torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]).long()
+    return ids * mask, mask
+
+
+def check_code_is_not_run(
+    fixture: Path, folder: Path, kwargs: dict[str, Any], classes: tuple[type, type, type]
+) -> None:
+    """The published folder loads as our classes (configuration, model, with head), its own code left alone."""
+    directory = shutil.copytree(fixture, folder / "checkpoint")
+    assert set(json.loads((directory / "config.json").read_text())["auto_map"]) >= {
+        "AutoConfig",
+        "AutoModelForCausalLM",
+    }
+    for kind in ("configuration", "modeling"):
+        (directory / f"{kind}_{fixture.name}.py").write_text("raise RuntimeError('remote code was run')")
+    model, report = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, **kwargs)
+    assert not any(report.values()), report
+    found = (AutoConfig.from_pretrained(directory, **kwargs), AutoModel.from_pretrained(directory, **kwargs), model)
+    assert tuple(map(type, found)) == classes
+
+
+def check_saved_as_published(fixture: Path, folder: Path, model: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
+    """Saved under the published names, and the same when loaded; what the saved configuration says."""
+    model.save_pretrained(folder)
+    saved, published = load_file(folder / "model.safetensors"), load_file(fixture / "model.safetensors")
+    assert saved.keys() == published.keys()
+    assert all(torch.equal(saved[key], published[key]) for key in saved)
+    again = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    assert "auto_map" not in config
+    return config

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TextStreamer
 
 from sleepify.config import SleepConfig
+from sleepify.conversation import front
 from sleepify.training.evaluate_checkpoint import tokenizer_of
 
 
@@ -104,7 +105,9 @@ def _read(arguments: argparse.Namespace, tokenizer: Any) -> list[int]:
     if arguments.question is not None:
         text = f"{text}\n\n{arguments.question}"
     if not arguments.chat:
-        ids = tokenizer.encode(text)
+        # What a tokenizer puts behind a text would end it.
+        begin = front(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerBase) else []
+        ids = [*begin, *tokenizer.encode(text, add_special_tokens=False)]
     elif getattr(tokenizer, "chat_template", None):
         message = [{"role": "user", "content": text}]
         ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]

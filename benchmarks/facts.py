@@ -1,7 +1,7 @@
 """Texts whose facts come back windows later: who is called what, told once, named again after sentences about nothing.
 
 A document is one paragraph. It begins with people, each a first name with a surname drawn for this document; then come
-sentences that tell nothing, and among them every person is named four times more, at places drawn at random. The first
+sentences that tell nothing, and among them every person is named three times more, at places drawn at random. The first
 name is given; that the right surname follows can be known from the document alone. Pure in seed and index.
 """
 
@@ -19,17 +19,15 @@ FIRST = "Ada Bela Carl Dora Emil Fay Gus Hana Ivo Jana Kurt Lena Max Nora Otto P
 SURNAMES = "Adler Berg Conti Dahl Evers Frost Grau Holm Iversen Jung Kern Lund Moser Nagel Orban Prins".split()
 DEEDS = ("came", "left", "waited", "slept", "sang", "sat", "spoke", "read")
 FILLER = (
-    ("the", "a", "one", "every"),
     ("old", "small", "dark", "wide", "quiet", "green", "cold", "far"),
     ("house", "river", "road", "garden", "tower", "field", "bridge", "wood"),
     ("lay", "stood", "loomed", "shone", "rested", "remained"),
-    ("there", "alone", "still", "below", "outside", "nearby"),
 )
-PEOPLE, MENTIONS, SENTENCES = 4, 4, 8
+PEOPLE, MENTIONS, SENTENCES = 3, 3, 4
 
 
 def document(seed: int, index: int) -> str:
-    """One paragraph of 128 words, the people in its first 16."""
+    """One paragraph of 64 words, the people in its first 12."""
     draw = Random(f"{seed}/{index}")
     names = list(zip(draw.sample(FIRST, PEOPLE), draw.sample(SURNAMES, PEOPLE), strict=True))
 

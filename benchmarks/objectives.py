@@ -33,7 +33,7 @@ from sleepify.tasks.base import IGNORE
 from sleepify.training import DatasetArguments, TextRows, evaluate_text, load_text, recipe
 
 ROOT = Path(__file__).resolve().parent.parent
-WINDOW = 32
+WINDOW = 16
 DOCUMENTS, HELD_OUT = 4000, 200
 SHARED: dict[str, Any] = {
     "recipe": "sft",

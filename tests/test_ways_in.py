@@ -1,4 +1,4 @@
-"""What a user does with data of one's own and with the command, where pieces that are right by themselves must agree."""
+"""What a user does with data of one's own and with the command, where parts that are right alone must agree."""
 
 from __future__ import annotations
 

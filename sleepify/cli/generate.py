@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TextStre
 
 from sleepify.config import SleepConfig
 from sleepify.conversation import front
-from sleepify.training.evaluate_checkpoint import tokenizer_of
+from sleepify.training.evaluate_checkpoint import check_whole, tokenizer_of
 
 
 def main(argv: Sequence[str]) -> int:
@@ -64,6 +64,7 @@ def generate(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: for a text without a tokenizer, or settings that the model cannot have.
     """
+    check_whole(arguments.model)
     tokenizer = None if arguments.ids else tokenizer_of(arguments.model, arguments.tokenizer)
     ids = arguments.ids or _read(arguments, tokenizer)
     device: Any = arguments.device or (

@@ -73,6 +73,7 @@ def run(recipe: Recipe, data: DatasetArguments) -> tuple[Spent, dict[str, Any]]:
             "tokenizer": None if isinstance(tokenizer, PreTrainedTokenizerBase) else recipe.model.tokenizer,
             "seed": training.seed,
             "window_size": window_size,
+            "held_out": None if text.held_out is None else text.held_out.digest(),
         }
         notes = {RESULTS: results, TASK: described}
         write_notes(model, output, tokenizer, bool(recipe.model.lora_r), notes)

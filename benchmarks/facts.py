@@ -1,7 +1,7 @@
 """Texts whose facts come back windows later: who is called what, told once, named again after sentences about nothing.
 
 A document is one paragraph. It begins with people, each a first name with a surname drawn for this document; then come
-sentences that tell nothing, and among them every person is named three times more, at places drawn at random. The first
+sentences that tell nothing, and among them every person is named four times more, at places drawn at random. The first
 name is given; that the right surname follows can be known from the document alone. Pure in seed and index.
 """
 
@@ -15,36 +15,20 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-FIRST = (
-    "Ada Bela Carl Dora Emil Fay Gus Hana Ivo Jana Kurt Lena Max Nora Otto Pia Rolf Sara Tom Ulla Vera Wim Yara Zeno"
-).split()
-SURNAMES = (
-    "Adler Berg Conti Dahl Evers Frost Grau Holm Iversen Jung Kern Lund Moser Nagel Orban Prins Quist Roth Sand Thal "
-    "Urban Voss Weil Zorn"
-).split()
-DEEDS = ("came home", "left early", "was late", "slept well", "sang aloud", "sat down", "said little", "went on")
-FILLER = (
-    ("the", "a", "one", "every"),
-    ("old", "small", "dark", "wide", "quiet", "green", "cold", "far"),
-    ("house", "river", "road", "garden", "tower", "field", "bridge", "wood"),
-    ("lay", "stood", "waited", "shone", "rested", "remained"),
-    ("there", "alone", "still", "below", "outside", "nearby"),
-)
-PEOPLE, MENTIONS, SENTENCES = 6, 3, 12
+FIRST = "Ada Bela Carl Dora Emil Fay Gus Hana Ivo Jana Kurt Lena Max Nora Otto Pia".split()
+SURNAMES = "Adler Berg Conti Dahl Evers Frost Grau Holm Iversen Jung Kern Lund Moser Nagel Orban Prins".split()
+FILLER = ("rain fell all day .", "nobody came by here .", "two dogs barked far .", "then night was long .")
+PEOPLE, MENTIONS, SENTENCES = 3, 4, 4
 
 
 def document(seed: int, index: int) -> str:
-    """One paragraph of 192 words, the people in its first 30."""
+    """One paragraph of 65 words, the people in its first 9."""
     draw = Random(f"{seed}/{index}")
     names = list(zip(draw.sample(FIRST, PEOPLE), draw.sample(SURNAMES, PEOPLE), strict=True))
-
-    def person(name: tuple[str, str]) -> str:
-        return f"{name[0]} {name[1]} {draw.choice(DEEDS)} ."
-
-    again = [person(name) for name in names for _ in range(MENTIONS)]
-    rest = [" ".join(draw.choice(words) for words in FILLER) + " ." for _ in range(SENTENCES)] + again
+    told = [f"{first} {last} ." for first, last in names]
+    rest = [*(draw.choice(FILLER) for _ in range(SENTENCES)), *told * MENTIONS]
     draw.shuffle(rest)
-    return " ".join([*map(person, names), *rest])
+    return " ".join([*told, *rest])
 
 
 def write_documents(path: Path, seed: int, count: int) -> None:
@@ -54,7 +38,7 @@ def write_documents(path: Path, seed: int, count: int) -> None:
 
 def write_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """Every word a token."""
-    said = [*FIRST, *SURNAMES, *" ".join(DEEDS).split(), *(word for words in FILLER for word in words), "."]
+    said = " ".join([*FIRST, *SURNAMES, *FILLER]).split()
     words = ["<end>", *dict.fromkeys(said)]
     plain = Tokenizer(WordLevel({word: place for place, word in enumerate(words)}, unk_token="<end>"))
     plain.pre_tokenizer = WhitespaceSplit()

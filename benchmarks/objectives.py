@@ -5,8 +5,8 @@
     OMP_NUM_THREADS=1 python -m benchmarks.objectives --seeds 1 2    # the base is there, by --losses)
 
 Texts of `benchmarks.facts`. Per seed a base is trained from scratch with full attention, by the recipe `sft` without
-sleep; then it gets sleep, is frozen, and what is inserted is trained by the same recipe, once for every loss, on the
-same rows in the same order. A finished run leaves one JSON file and is not run again. At the end the page is
+sleep; then it gets sleep, and all its weights are trained by the same recipe, once for every loss, on the same rows in
+the same order. A finished run leaves one JSON file and is not run again. At the end the page is
 written, of whatever is finished.
 """
 
@@ -33,14 +33,14 @@ from sleepify.tasks.base import IGNORE
 from sleepify.training import DatasetArguments, TextRows, evaluate_text, load_text, recipe
 
 ROOT = Path(__file__).resolve().parent.parent
-WINDOW = 32
-DOCUMENTS, HELD_OUT = 4000, 200
+WINDOW = 16
+DOCUMENTS, HELD_OUT = 8000, 200
 SHARED: dict[str, Any] = {
     "recipe": "sft",
     "text_rows": "paragraph",
     "window_size": WINDOW,
     "held_out": HELD_OUT,
-    "per_device_train_batch_size": 16,
+    "per_device_train_batch_size": 32,
     "weight_decay": 0.0,
     "max_grad_norm": 1.0,
     "lr_scheduler_type": "constant",
@@ -69,13 +69,13 @@ BASE: dict[str, Any] = SHARED | {
     "muon_learning_rate": 0.03,
     "adamw_learning_rate": 0.003,
 }
-SETTINGS: dict[str, Any] = {"n_loops": 2, "window_size": WINDOW, "eviction": "hard"}
-INSERTED: dict[str, Any] = {"rule": "gdn", "layers": [1], "num_heads": 2, "head_dim": 32}
+SETTINGS: dict[str, Any] = {"n_loops": 2, "window_size": WINDOW, "eviction": "hard", "loop_range": [0, 2]}
+INSERTED: dict[str, Any] = {"rule": "gdn", "layers": [0, 1], "num_heads": 4, "head_dim": 16}
 SLEEP: dict[str, Any] = (
     SHARED
     | SETTINGS
     | {f"fast_weights_{name}": value for name, value in INSERTED.items()}
-    | {"train_only": "fast_weights", "muon_learning_rate": 0.02, "adamw_learning_rate": 0.002}
+    | {"muon_learning_rate": 0.02, "adamw_learning_rate": 0.003}
 )
 LOSSES: dict[str, dict[str, Any]] = {
     "cross entropy": {},
@@ -157,6 +157,9 @@ class Runs:
             if not self.get(arm, seed):
                 name = self.path(arm, seed).stem
                 fields = SLEEP | LOSSES[arm] | {"model": str(place / "base")}
+                if "distill" in fields:
+                    # The base inside the model is trained, too.
+                    fields["distill_teacher"] = str(place / "base")
                 self._keep(arm, seed, place / name, self._train(place, name, fields, seed, self.steps))
 
     def _train(self, place: Path, name: str, fields: dict[str, Any], seed: int, steps: int) -> dict[str, Any]:
@@ -210,11 +213,16 @@ def write_results(runs: Runs, docs: Path) -> None:
         lines.append([arm, str(len(done)), str(done[0]["steps"]), f"{seconds:.0f}", *cells, *whole])
     counts = [f"{place}: {each['tokens']:,}" for place, each in first["facts"]["perplexity_by_distance"].items()]
     text = INTRODUCTION.format(
-        machine=machine(), window=WINDOW, documents=DOCUMENTS - HELD_OUT, held_out=HELD_OUT, counts="; ".join(counts)
+        machine=machine(),
+        window=WINDOW,
+        documents=DOCUMENTS - HELD_OUT,
+        held_out=HELD_OUT,
+        counts="; ".join(counts),
+        surnames=len(SURNAMES),
     )
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     docs.mkdir(parents=True, exist_ok=True)
-    (docs / "objectives.md").write_text(f"{text}{table}\n{NOTES}", encoding="utf-8")
+    (docs / "objectives.md").write_text(f"{text}{table}\n{NOTES.format(surnames=len(SURNAMES))}", encoding="utf-8")
     _plot(found, places, docs / "objectives.png")
     print(table)
 
@@ -223,12 +231,13 @@ INTRODUCTION = """# Losses: what brings back facts windows later
 
 Made by `python -m benchmarks.objectives`. {machine}. One thread per run.
 
-Texts of six windows of {window} words: six people are named, each a first name with a surname drawn for this
-text; then they are named again, three times each, among sentences that tell nothing (`benchmarks/facts.py`;
-{documents:,} texts to train on, {held_out} held out). A base of two attention layers is trained on them with full
-attention. Then it gets sleep (L = {window}, N = 2, hard eviction, a Gated DeltaNet layer after its second), its own
-weights are frozen, and what is inserted is trained by the recipe `sft`, once for every loss, on the same rows in the
-same order.
+Texts of a little over four windows of {window} words: three people are named, each a first name with a surname drawn
+for this text from {surnames}; then they are named again, four times each, among sentences that tell nothing
+(`benchmarks/facts.py`; {documents:,} texts to train on, {held_out} held out). A base of two attention layers is
+trained on them with full attention. Then it gets sleep (L = {window}, N = 2, hard eviction, a Gated DeltaNet layer
+after each of the two), and all its weights are trained by the recipe `sft`, once for every loss, on the same rows in
+the same order.
+Where the base teaches (`distill`, at all tokens, without labels), that is a copy of it as it was.
 
 Perplexity of surnames that were told before, by the tokens since the window ended in which they were last told (0: that
 window is still open). Geometric mean over seeds (lowest-highest). Surnames asked with the first seed: {counts}.
@@ -238,8 +247,8 @@ window is still open). Geometric mean over seeds (lowest-highest). Surnames aske
 """
 NOTES = """
 With full attention the base knows nearly every surname at any distance. Given sleep and not trained it is worse than
-guessing among all 24 surnames, since it is sure of wrong ones. What a loss has brought back is how far a row comes from
-there below 24, and towards the first row. Losses without a row have not been run yet.
+guessing among all {surnames} surnames, since it is sure of wrong ones. What a loss has brought back is how far a row
+comes from there below {surnames}, and towards the first row. Losses without a row have not been run yet.
 """
 
 
@@ -269,8 +278,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="none: write the page only")
     parser.add_argument("--losses", nargs="*", choices=LOSSES, default=list(LOSSES), help="by default all")
-    parser.add_argument("--base_steps", type=int, default=1200, help="optimiser steps of the base")
-    parser.add_argument("--steps", type=int, default=400, help="optimiser steps with every loss")
+    parser.add_argument("--base_steps", type=int, default=500, help="optimiser steps of the base")
+    parser.add_argument("--steps", type=int, default=700, help="optimiser steps with every loss")
     parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "objectives", help="for texts and models")
     parser.add_argument("--docs", type=Path, default=RESULTS, help="where page, figure and runs go")
     arguments = parser.parse_args(argv)

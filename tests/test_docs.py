@@ -48,6 +48,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def small_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Models of billions of weights by name are tiny here, and files go where nothing is."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     load_model, load_tokenizer = AutoModelForCausalLM.from_pretrained, AutoTokenizer.from_pretrained
 
     def model(name, *args, **kwargs):

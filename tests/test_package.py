@@ -82,8 +82,9 @@ EDGES: dict[str, set[str]] = {
     "calibration": {"convergence", "generation", "modeling", "recording", "rows", "settings"},
     "retrofit": {"config", "defaults", "fingerprint", "hosts", "modeling", "settings"},
     "training": {
-        *("config", "defaults", "errors", "fast_weights", "files", "hosts", "loss", "manifest", "memory", "modeling"),
-        *("packing", "peft", "recompute", "retrofit", "rows", "schedule", "settings", "sleep", "snapshot", "tasks"),
+        *("config", "conversation", "defaults", "errors", "fast_weights", "files", "hosts", "loss", "manifest"),
+        *("memory", "modeling", "packing", "peft", "recompute", "retrofit", "rows", "schedule", "settings", "sleep"),
+        *("snapshot", "tasks"),
     },
     "peft": {"errors"},
     "serving": {"cache", "errors", "files", "generation", "memory", "modeling"},
@@ -103,6 +104,7 @@ EDGES: dict[str, set[str]] = {
         *(
             "calibration",
             "config",
+            "conversation",
             "files",
             "hosts",
             "modeling",

@@ -125,3 +125,30 @@ def test_a_run_on_all_rows_has_none_to_test_on(trained, tmp_path, monkeypatch):
     (folder / "task.json").write_text(json.dumps(noted))
     with pytest.raises(ValueError, match="expected rows that were held out, .* give --dataset"):
         run(["--model", str(folder)])
+
+
+def test_rows_that_were_trained_on_are_not_tested_as_held_out(trained, tmp_path, capsys):
+    """The choice of held-out rows goes by the number of rows: with one more, others would be taken for them."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for path in trained[0].iterdir():
+        if path.is_file():
+            (folder / path.name).write_bytes(path.read_bytes())
+    noted = json.loads((folder / "task.json").read_text())
+    rows = Path(noted["task"]["dataset"]).read_text(encoding="utf-8").splitlines(keepends=True)
+    noted["task"]["dataset"] = str(tmp_path / "grown.jsonl")
+    Path(noted["task"]["dataset"]).write_text("".join([*rows, rows[0]]), encoding="utf-8")
+    (folder / "task.json").write_text(json.dumps(noted))
+    assert cli.main(["evaluate", str(folder)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "grown.jsonl to hold out the rows that it held out in training" in error and "give --dataset" in error
+
+
+def test_an_adapter_without_a_base_by_name_points_to_the_merged_model(tmp_path, capsys):
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": None}))
+    for words in (["evaluate", str(tmp_path), "--text_file", "a.txt"], ["generate", str(tmp_path), "--prompt", "a"]):
+        assert cli.main(words) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert f"expected a whole model, found an adapter in {tmp_path}" in error
+        assert f"give {tmp_path / 'merged'}" in error

@@ -17,7 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TextStreamer
 
 from sleepify.config import SleepConfig
-from sleepify.training.evaluate_checkpoint import tokenizer_of
+from sleepify.conversation import front
+from sleepify.training.evaluate_checkpoint import check_whole, tokenizer_of
 
 
 def main(argv: Sequence[str]) -> int:
@@ -63,6 +64,7 @@ def generate(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: for a text without a tokenizer, or settings that the model cannot have.
     """
+    check_whole(arguments.model)
     tokenizer = None if arguments.ids else tokenizer_of(arguments.model, arguments.tokenizer)
     ids = arguments.ids or _read(arguments, tokenizer)
     device: Any = arguments.device or (
@@ -104,7 +106,9 @@ def _read(arguments: argparse.Namespace, tokenizer: Any) -> list[int]:
     if arguments.question is not None:
         text = f"{text}\n\n{arguments.question}"
     if not arguments.chat:
-        ids = tokenizer.encode(text)
+        # What a tokenizer puts behind a text would end it.
+        begin = front(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerBase) else []
+        ids = [*begin, *tokenizer.encode(text, add_special_tokens=False)]
     elif getattr(tokenizer, "chat_template", None):
         message = [{"role": "user", "content": text}]
         ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]

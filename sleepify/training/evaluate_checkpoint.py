@@ -21,7 +21,7 @@ from sleepify.files import written_beside
 from sleepify.modeling import SleepForCausalLM
 from sleepify.training.evaluate import at_window, evaluate, perplexity, plot, settings_of
 from sleepify.training.model_arguments import ModelArguments, load_tokenizer, pad_token
-from sleepify.training.runs import TASK
+from sleepify.training.runs import MERGED, TASK
 from sleepify.training.settings import parse_dataclasses
 from sleepify.training.sft import longest_of, reach
 from sleepify.training.task_arguments import RECIPES
@@ -68,6 +68,7 @@ def run(argv: Sequence[str] | None = None, description: str | None = None) -> di
         DatasetError: for a dataset that does not fit, before the model is loaded.
     """
     arguments, data = parse_dataclasses([EvaluateArguments, DatasetArguments], argv, description)
+    check_whole(arguments.model)
     name, fields, trained_with = _task_of(arguments)
     rows = _rows(arguments, data)
     if name is None and rows is None and arguments.text_file is None:
@@ -109,6 +110,22 @@ def run(argv: Sequence[str] | None = None, description: str | None = None) -> di
         with written_beside(Path(arguments.output)) as draft:
             draft.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return results
+
+
+def check_whole(model: str) -> None:
+    """See that what lies in a folder is no adapter whose base nobody can name.
+
+    Raises:
+        ValueError: if it is; the message names the model with the adapter folded in, if there is one.
+    """
+    adapter, merged = Path(model) / "adapter_config.json", Path(model) / MERGED
+    if not adapter.is_file() or (Path(model) / "config.json").exists():
+        return
+    if json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path") is None:
+        advice = (
+            f"give {merged}" if merged.exists() else "load it onto its base, and save what merge_and_unload() gives"
+        )
+        raise ValueError(f"expected a whole model, found an adapter in {model} whose base has no name; {advice}")
 
 
 def _task_of(arguments: EvaluateArguments) -> tuple[str | None, dict[str, Any], str | None]:
@@ -158,6 +175,11 @@ def _rows(arguments: EvaluateArguments, data: DatasetArguments) -> TextRows | No
     tokenizer = tokenizer_of(arguments.model, arguments.tokenizer)
     text = load_text(data, tokenizer, window_size=window, positions=own[1], seed=seed)
     if text.held_out is not None:
+        if noted.get("held_out") not in (None, text.held_out.digest()):
+            raise ValueError(
+                f"expected {data.dataset} to hold out the rows that it held out in training, got others, which may "
+                "have been trained on: the data or the tokenizer has changed; give --dataset, to be tested as a whole"
+            )
         return text.held_out
     assert not isinstance(text.train, TextStream)
     return text.train

@@ -20,6 +20,7 @@ from sleepify.training.model_arguments import build_model, load_tokenizer, new_a
 from sleepify.training.runs import TASK
 from sleepify.training.text_data import DatasetArguments, TextData, TextRows, TextStream, load_text
 from sleepify.training.text_evaluate import evaluate_text, table
+from sleepify.training.text_format import DatasetError
 
 if TYPE_CHECKING:
     from sleepify.training.recipe import Recipe
@@ -43,7 +44,7 @@ def run(recipe: Recipe, data: DatasetArguments) -> tuple[Spent, dict[str, Any]]:
     if recipe.test.test_window_sizes is not None:
         raise ValueError("expected test_window_sizes to be left out: distances are told by the model's own window")
     if data.streaming and training.max_steps <= 0:
-        raise ValueError("expected max_steps with streaming, since nobody knows how long the data is")
+        raise DatasetError("expected max_steps with streaming, since nobody knows how long the data is")
     set_seed(training.seed)
     tokenizer = load_tokenizer(recipe.model)
     window_size, positions = _reach(recipe, tokenizer)
@@ -72,6 +73,7 @@ def run(recipe: Recipe, data: DatasetArguments) -> tuple[Spent, dict[str, Any]]:
             "tokenizer": None if isinstance(tokenizer, PreTrainedTokenizerBase) else recipe.model.tokenizer,
             "seed": training.seed,
             "window_size": window_size,
+            "held_out": None if text.held_out is None else text.held_out.digest(),
         }
         notes = {RESULTS: results, TASK: described}
         write_notes(model, output, tokenizer, bool(recipe.model.lora_r), notes)

@@ -8,6 +8,7 @@ Rows are checked and tokenised before a model is loaded, and kept whole.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import statistics
 from collections.abc import Iterator
@@ -91,6 +92,13 @@ class TextRows(Dataset[dict[str, list[int]]]):
     def answer(self, index: int) -> list[int]:
         """Where the answer is, [start, stop); empty if there is none."""
         return list(self.rows[index]["answer"] or [])
+
+    def digest(self) -> str:
+        """By which the very same rows are known again."""
+        known = hashlib.sha256()
+        for index in range(len(self)):
+            known.update(repr(self[index]["input_ids"]).encode())
+        return known.hexdigest()
 
     def sampler(self, batch_size: int) -> LengthGroupedSampler:
         """Rows at random, those of similar length together."""

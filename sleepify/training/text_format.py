@@ -15,8 +15,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
+from sleepify.conversation import front
 from sleepify.tasks.base import IGNORE
 from sleepify.training.settings import suggest
 
@@ -200,11 +204,13 @@ class Encoder:
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
+    @cached_property
+    def _front(self) -> list[int]:
+        """What the tokenizer puts before every text, as sessions and prompts have it too."""
+        return front(self.tokenizer) if isinstance(self.tokenizer, PreTrainedTokenizerBase) else []
+
     def _begin(self, text: str) -> list[int]:
-        bos = getattr(self.tokenizer, "bos_token_id", None)
-        if bos is None or not getattr(self.tokenizer, "add_bos_token", True):
-            return self._encode(text)
-        return [int(bos), *self._encode(text)]
+        return [*self._front, *self._encode(text)]
 
     def _end(self) -> list[int]:
         eos = getattr(self.tokenizer, "eos_token_id", None)

@@ -39,6 +39,9 @@ from sleepify.snapshot import Snapshot
 
 _INCIDENTAL = {"dtype", "torch_dtype", "architectures", "transformers_version", "_name_or_path", "use_cache"}
 
+# Whole numbers, of which there is nothing to compile; torch 2.9 fails where it tries.
+_planned = torch.compiler.disable(schedule)
+
 
 class SleepForCausalLM(
     SleepGeneration, SleepOnDemand, SleepCapture, SleepRecompute, SleepCheckpoint, GenerationMixin
@@ -308,7 +311,7 @@ class SleepForCausalLM(
             if tokens.packed:
                 raise ValueError("expected one text per row with a cache, got packed rows; set use_cache=False")
             cache = SleepCache()
-        plan = schedule(
+        plan = _planned(
             session.open_lengths,
             tokens.lengths,
             tokens.wanted,

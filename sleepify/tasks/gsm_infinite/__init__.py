@@ -2,11 +2,11 @@
 
     >>> from sleepify.tasks.gsm_infinite import PETS, GsmInfinite
     >>> task = GsmInfinite(operations=[4], depth=2, modes=["forward"], vocabulary=[PETS], size=(2, 2))
-    >>> problem = task.problem(1)
-    >>> print(problem.problem)
-    The number of cat in Ash equals 2. The number of dog in Cedar equals 4. The number of cat in Cedar equals 2.
+    >>> problem = task.problem(3)
+    >>> print(problem.problem[:71])
+    The number of dog in Ash equals 4. The number of cat in Cedar equals 1.
     >>> print(problem.question, problem.answer)
-    What is the total number of pets in Cedar? 6
+    What is the total number of pets in Cedar? 4
 
 The answer follows from a few of the sentences; the others are distractors, as many as a target number of tokens takes
 (``target_tokens=(2000, 3300)`` with the tokenizer of your model). A place's total is the sum of everything that the

@@ -248,7 +248,17 @@ window is still open). Geometric mean over seeds (lowest-highest). Surnames aske
 NOTES = """
 With full attention the base knows nearly every surname at any distance. Given sleep and not trained it is worse than
 guessing among all {surnames} surnames, since it is sure of wrong ones. What a loss has brought back is how far a row
-comes from there below {surnames}, and towards the first row. Losses without a row have not been run yet.
+comes from there below {surnames}, and towards the first row. Losses without a row have not been run yet. This is a
+text in which a look-up is all that is asked, on a model of toy size: it shows that a loss teaches sleep to keep what
+was read, not which loss is best for language.
+
+**What it took.** Sleeps are learnt late and at once, so that too short a run shows nothing. With the base frozen, one
+layer inserted after its second, and longer texts (192 words in windows of 32, batch 16), 400 steps of cross entropy
+recalled nothing. With layers after both and all weights trained, on 128 words whose sentences were drawn word by word,
+recall began after some 1,300 steps of batch 16 (perplexity 10.9 at 1-32 after 1,500). Sentences that leave nothing
+open, as here, brought it forward to about 300 steps: with every token supervised, those that ask are few, and the rest
+is noise to them. Where data has questions and answers, supervise the answers alone
+([formats](../fine-tune.md#formats)).
 """
 
 

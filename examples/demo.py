@@ -2,9 +2,9 @@
 
 A small Qwen3 learns to look one pair up in a list of pairs, with full attention: the pretrained base. Then the recipe
 (`accelerate launch recipes/hops.py`) fine-tunes it to walk one or two steps from pair to pair, four times on the same
-rows: with sleep at N = 4 and at N = 1, reading the list four times instead, and as it is, with its whole cache. The three
-first answer when the list is evicted. Shown are a table, a figure, one problem, and what a session costs. What it
-leaves (models, figure, numbers, logs) goes to outputs/demo, at once at the end.
+rows: with sleep at N = 4 and at N = 1, reading the list four times instead, and as it is, with its whole cache. The
+three first answer when the list is evicted. Shown are a table, a figure, one problem, and what a session costs. What
+it leaves (models, figure, numbers, logs) goes to outputs/demo, at once at the end.
 
     python examples/demo.py            # some minutes on two cores
     python examples/demo.py --quick    # two steps, to see that everything runs

@@ -49,7 +49,7 @@ def test_quick_demo_trains_tests_saves_answers_and_measures(tmp_path: Path) -> N
     for name, report in numbers["reports"].items():
         # Sixteen rows of five questions, the same for all.
         assert sum(score["total"] for score in report["scores"]) == 16 * 5, name
-        assert [score["difficulty"] for score in report["scores"]] == [1, 2, 3, 4]
+        assert [score["difficulty"] for score in report["scores"]] == [1, 2]
     first, first_slept, base, late, late_slept, base_late = numbers["costs"]
     assert first["kv_bytes"] == late["kv_bytes"] > 0 == first_slept["kv_bytes"] == late_slept["kv_bytes"]
     assert first["state_bytes"] == late["state_bytes"] == late_slept["state_bytes"] > 0

@@ -114,13 +114,18 @@ def test_what_cannot_be_is_one_line_before_the_model_is_loaded(
     assert error.startswith("sleepify evaluate: ") and message in error
 
 
-def test_a_run_on_all_rows_has_none_to_test_on(trained, tmp_path, monkeypatch):
-    folder = tmp_path / "out"
+def copied(trained: Path, to: Path):
+    """A checkpoint of one's own, and what it notes of its task."""
+    folder = to / "out"
     folder.mkdir()
-    for path in trained[0].iterdir():
+    for path in trained.iterdir():
         if path.is_file():
             (folder / path.name).write_bytes(path.read_bytes())
-    noted = json.loads((folder / "task.json").read_text())
+    return folder, json.loads((folder / "task.json").read_text())
+
+
+def test_a_run_on_all_rows_has_none_to_test_on(trained, tmp_path, monkeypatch):
+    folder, noted = copied(trained[0], tmp_path)
     noted["task"]["held_out"] = 0
     (folder / "task.json").write_text(json.dumps(noted))
     with pytest.raises(ValueError, match="expected rows that were held out, .* give --dataset"):
@@ -129,12 +134,7 @@ def test_a_run_on_all_rows_has_none_to_test_on(trained, tmp_path, monkeypatch):
 
 def test_rows_that_were_trained_on_are_not_tested_as_held_out(trained, tmp_path, capsys):
     """The choice of held-out rows goes by the number of rows: with one more, others would be taken for them."""
-    folder = tmp_path / "out"
-    folder.mkdir()
-    for path in trained[0].iterdir():
-        if path.is_file():
-            (folder / path.name).write_bytes(path.read_bytes())
-    noted = json.loads((folder / "task.json").read_text())
+    folder, noted = copied(trained[0], tmp_path)
     rows = Path(noted["task"]["dataset"]).read_text(encoding="utf-8").splitlines(keepends=True)
     noted["task"]["dataset"] = str(tmp_path / "grown.jsonl")
     Path(noted["task"]["dataset"]).write_text("".join([*rows, rows[0]]), encoding="utf-8")

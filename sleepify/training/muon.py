@@ -17,6 +17,14 @@ from torch import Tensor, nn
 _TOGETHER = 1 << 26
 
 
+def evaluated(closure: Callable[[], float] | None) -> float | None:
+    """The loss that an optimiser's step is asked to evaluate first; None where it is not asked to."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 class GroupedMuon(torch.optim.Muon):
     """As `torch.optim.Muon`, with the same groups and the same state; parameters of a class of their own (sharded ones)
     are taken one by one, as there."""
@@ -24,10 +32,7 @@ class GroupedMuon(torch.optim.Muon):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group in self.param_groups:
             parameters: list[Tensor] = []
             gradients: list[Tensor] = []

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sleepify.fast_weights.layer import FastWeightLayer
-from sleepify.training.muon import GroupedMuon
+from sleepify.training.muon import GroupedMuon, evaluated
 
 if TYPE_CHECKING:
     from sleepify.training.arguments import SleepTrainingArguments
@@ -232,10 +232,7 @@ class MuonAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for part in self._parts.values():
             with self._masters(part):
                 part.step()

@@ -102,6 +102,8 @@ class SleepGeneration(GenerationMixin):
                 are handed over do not contain them.
         """
         cache = kwargs.get("past_key_values")
+        if not isinstance(new := kwargs.get("new_tokens", False), bool):
+            raise TypeError(f"expected new_tokens to be True or False, got {new!r}")
         self._check_marks(args[0] if args else kwargs.get("inputs", kwargs.get("input_ids")), cache, kwargs)
         before = cache.now if isinstance(cache, SleepCache) else None
         given = {"inputs": args[0] if args else kwargs.get("inputs"), "attention_mask": kwargs.get("attention_mask")}

@@ -309,9 +309,10 @@ class Session(SessionModel):
     def __repr__(self) -> str:
         windows, awake = sum(self.cache.windows), sum(self.cache.open_lengths)
         n_bytes = self.cache.state_bytes + self.cache.kv_bytes
+        sleeping = ", sleeping" if self.cache.is_sleeping else ""
         return (
             f"Session({tokens_of(self.cache)[0]:,} tokens, {windows:,} windows slept on, {awake:,} of "
-            f"{self.model.config.window_size:,} tokens awake, {n_bytes:,} bytes)"
+            f"{self.model.config.window_size:,} tokens awake, {n_bytes:,} bytes{sleeping})"
         )
 
     # --- steps -----------------------------------------------------------------------------------------------------

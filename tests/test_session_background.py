@@ -147,6 +147,14 @@ def test_one_that_fails_is_told_once(model, words):
     assert session.ask("who?", **SHORT) == Session(model, words).read("a cab had a bad bed").ask("who?", **SHORT)
 
 
+def test_repr_says_that_it_sleeps(model, words, held):
+    session = Session(model, words, sleep_at="document", background=True).read("a cab")
+    assert session.cache.is_sleeping and repr(session).endswith(" bytes, sleeping)")
+    held.go.set()
+    session.cache.wait()
+    assert repr(session).endswith(" bytes)")
+
+
 def test_forks_and_files(model, words, held, tmp_path):
     held.go.set()
     session = Session(model, words, background=True).read("a cab")

@@ -409,6 +409,15 @@ def test_what_is_no_row_or_number_is_refused(model, call):
         assert same(cache, before)
 
 
+@pytest.mark.parametrize("wrong", ["no", 1, None])
+def test_whether_tokens_are_new_is_true_or_false(model, wrong):
+    for cache in (None, SleepCache(), model(tokens(1, 5)).past_key_values):
+        before = None if cache is None else cache.now
+        with pytest.raises(TypeError, match=f"expected new_tokens to be True or False, got {wrong!r}"):
+            model.generate(tokens(1, 3), past_key_values=cache, new_tokens=wrong, max_new_tokens=2)
+        assert cache is None or cache.now is before
+
+
 def test_only_the_rows_that_sleep_read_what_waits_for_them(model):
     out = model.generate(tokens(3, 7), max_new_tokens=3, eos_token_id=None, **GREEDY)
     cache, alone = out.past_key_values, out.past_key_values.split()

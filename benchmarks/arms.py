@@ -89,6 +89,8 @@ ARMS: dict[str, Arm] = {
         Arm("all_n", "a loss after every pass of N = 4", {**ANY_N, "pass_loss": "all"}),
         Arm("one_n", "a loss after one pass, distilled from N = 4", {**ANY_N, "pass_loss": "one"}),
         Arm("sliding", "sliding window alone", {**PLAIN, "model_config": "sliding"}),
+        # As many tokens as a window of `gsm_inf` has.
+        Arm("rag", "full attention on what BM25 finds, 24 tokens", {**PLAIN, "retrieve_tokens": 24}),
         # Ablations of n4, each in one thing.
         Arm("jet", "N = 4, rule jet", {"n_loops": 4, "fast_weights_rule": "jet"}),
         Arm("mamba2", "N = 4, rule mamba2", {"n_loops": 4, "fast_weights_rule": "mamba2"}),
@@ -163,6 +165,29 @@ SETTINGS: dict[str, Setting] = {
             ("n4", "n1", "full"),
             changes={"n_windows": 2, "n_queries": 2},
             tuned_changes={"window_size": 8},
+            seeds=(0,),
+        ),
+        Setting(
+            "rule110",
+            "Rule 110 run ahead by t",
+            "A ring of 20 cells is read and evicted; then for t = 1 to 12, in random order, its first cell after t "
+            "steps is asked. The base, two layers of full attention, was pretrained on t = 1 to 4; a Gated DeltaNet "
+            "layer was put after the first, both are looped.",
+            "rule110_base.yaml",
+            "rule110_retrofit.yaml",
+            ("n4", "n1", "full", "n2", "all_n"),
+            seeds=(0,),
+        ),
+        Setting(
+            "gsm_inf",
+            "GSM-Infinite in few words",
+            "Problems of two to six operations about two places and two things, 36 to 105 tokens of a tokenizer of "
+            "words, in windows of 24 that are evicted; the question comes last and is answered at once, without a "
+            "worked solution; one count of operations more every 500 steps. The base, two layers of full attention, "
+            "was pretrained on two and three operations; a Gated DeltaNet layer was put after each, both are looped.",
+            "gsm_inf_base.yaml",
+            "gsm_inf_small.yaml",
+            ("n4", "n1", "full", "rag"),
             seeds=(0,),
         ),
         # Defined, and tried at a few steps by the tests; no run of it has been made yet.

@@ -17,6 +17,7 @@ from benchmarks.worth_costs import Cost
 from benchmarks.worth_runs import FINISHED, MODELS, Run, finished
 from sleepify.files import written_beside
 from sleepify.training import recipe
+from sleepify.training.model_arguments import load_tokenizer
 from sleepify.training.runs import MERGED
 
 OURS = "n4"
@@ -30,8 +31,8 @@ the easy part of the task, and are trained on the same rows in the same order; "
 until it has taken the processor time of N = 4. Exact match on held-out rows in per cent, with Student's 95% interval
 over seeds where there are several. *Frontier*: up to where at least 90% are answered. A p is McNemar's, exact and
 two-sided, on the answers to the same queries, N = 4 against that arm, the largest over seeds. CPU seconds are of one
-thread of a machine that did other work too. Learning rates: Muon 0.01 and AdamW 0.002 in all arms, not tuned per arm.
-Runs: `docs/results/runs/worth`."""
+thread of a machine that did other work too. Learning rates are those of the YAML files in all arms, not tuned per arm
+(hops: Muon 0.01, AdamW 0.002). Runs: `docs/results/runs/worth`."""
 
 
 def arms_of(setting: Setting) -> dict[str, list[Run]]:
@@ -175,7 +176,8 @@ def text_of(setting: Setting, arm: Arm, seed: int) -> list[int]:
     words = [word for name, value in changes.items() for word in (f"--{name}", str(value))]
     parsed = recipe.parse(None, [str(CONFIGS / setting.config), *words])
     assert not isinstance(parsed.task, recipe.DatasetArguments)
-    example = parsed.task.build(test=True).example(0, "test")
+    tokenizer = load_tokenizer(parsed.model) if parsed.task.reads_text else None
+    example = parsed.task.build(test=True, tokenizer=tokenizer).example(0, "test")
     window = parsed.sleep.settings()["window_size"]
     return example.input_ids[: (example.queries[0].start - 1) // window * window]
 

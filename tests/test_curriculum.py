@@ -9,6 +9,7 @@ import pytest
 from sleepify.tasks import IGNORE, Depo, GsmInfinite, Hops, Rule110
 from sleepify.tasks.base import Split, open_levels
 from sleepify.tasks.gsm_infinite import PETS, WordTokenizer
+from sleepify.training.task_arguments import RECIPES
 
 STEPS = (1, 2, 4, 7)
 TASKS: dict[str, tuple[type[Any], dict[str, Any], list[int]]] = {
@@ -97,3 +98,10 @@ def test_one_number_of_steps_has_no_curriculum() -> None:
 def test_tasks_say_their_curriculum() -> None:
     for make, settings, _ in TASKS.values():
         assert "curriculum=7" in repr(make(**settings, curriculum=7))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_takes_it(name: str) -> None:
+    own: dict[str, Any] = {"rule110": {"form": "queries", "steps": [1, 2]}, "gsm_inf": {"vocabulary": "pets"}}
+    task: Any = RECIPES[name](curriculum=7, **own.get(name, {})).build(tokenizer=WordTokenizer([PETS]))
+    assert task.curriculum == 7

@@ -34,11 +34,21 @@ class Rule110Arguments:
     form: Literal["paper", "queries"] = field(
         default="paper", metadata={"help": "paper, or queries: each t asked after a token 't'."}
     )
+    curriculum: int = field(
+        default=0, metadata={"help": "(queries) Rows in training until one t more is labelled; 0: all at once."}
+    )
 
     def build(self, test: bool = False, tokenizer: Any = None) -> Rule110:
         """The task, the same for the test."""
         steps = self.steps[0] if self.form == "paper" and len(self.steps) == 1 else self.steps
-        return Rule110(seed=self.task_seed, width=self.width, n_strings=self.n_strings, steps=steps, form=self.form)
+        return Rule110(
+            seed=self.task_seed,
+            width=self.width,
+            n_strings=self.n_strings,
+            steps=steps,
+            form=self.form,
+            curriculum=self.curriculum,
+        )
 
 
 @dataclass
@@ -55,6 +65,7 @@ class DepoArguments:
         default="single", metadata={"help": "single: a token a node; words: several."}
     )
     arrows: bool = field(default=True, metadata={"help": "Write edges as x -> y , instead of x y."})
+    curriculum: int = field(default=0, metadata={"help": "Rows in training until one k more is asked; 0: all at once."})
 
     def build(self, test: bool = False, tokenizer: Any = None) -> Depo:
         """The task; the test has full cycles and powers of two."""
@@ -66,6 +77,7 @@ class DepoArguments:
             mode="qa" if test else "train",
             names=self.names,
             arrows=self.arrows,
+            curriculum=self.curriculum,
         )
 
 
@@ -93,6 +105,12 @@ class GsmInfiniteArguments:
     question_first: bool = field(default=True, metadata={"help": "The question before the text."})
     chain_of_thought: bool = field(default=False, metadata={"help": "Train on the worked solution."})
     size: list[int] = field(default_factory=lambda: [5, 5], metadata={"help": "Most places and things of a problem."})
+    curriculum: int = field(
+        default=0, metadata={"help": "Rows in training until one operation count more is drawn; 0: all at once."}
+    )
+    retrieve_tokens: int | None = field(
+        default=None, metadata={"help": "Read only the sentences that BM25 finds for the question, so many tokens."}
+    )
     vocabulary: str | None = field(
         default=None,
         metadata={"help": "Names to write with: 'pets' for few, or published rows (a file, or a name on the Hub)."},
@@ -125,6 +143,8 @@ class GsmInfiniteArguments:
             max_tokens=self.max_tokens,
             tokenizer=tokenizer,
             size=size,
+            curriculum=self.curriculum,
+            retrieve_tokens=self.retrieve_tokens,
         )
 
     def _vocabulary(self) -> Sequence[Any]:

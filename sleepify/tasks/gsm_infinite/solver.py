@@ -137,7 +137,7 @@ def parse_uncut(problem: str, question: str) -> Parsed:
     query = _parse_name(asked["name"]) if asked["name"] else Name("", asked["thing"], asked["place"])
     statements: dict[Name, list[Statement]] = {}
     unknowns: list[Name] = []
-    for sentence in _NEXT_SENTENCE.split(problem.strip().removesuffix(".")):
+    for sentence in split_sentences(problem):
         if unknown := _UNKNOWN.fullmatch(sentence):
             unknowns.append(_parse_name(unknown["name"]))
         elif match := _SENTENCE.fullmatch(sentence):
@@ -145,6 +145,11 @@ def parse_uncut(problem: str, question: str) -> Parsed:
         else:
             raise UnsolvableError(f"expected 'The ... equals ...' or '... is greater than 0', got {sentence!r}")
     return Parsed(statements, unknowns, query)
+
+
+def split_sentences(problem: str) -> list[str]:
+    """The sentences of a problem's text, without the full stops that end them (a name may hold others)."""
+    return _NEXT_SENTENCE.split(problem.strip().removesuffix("."))
 
 
 def _parse_name(text: str) -> Name:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from random import Random
 from typing import get_args
 
@@ -11,6 +12,8 @@ from sleepify.tasks.base import Example, Split, check_curriculum, open_levels, r
 from sleepify.tasks.gsm_infinite.graph import Core, draw_core
 from sleepify.tasks.gsm_infinite.noise import noise
 from sleepify.tasks.gsm_infinite.problem import Encode, Mode, Problem, Prompt, Tokenizer
+from sleepify.tasks.gsm_infinite.retrieve import retrieve
+from sleepify.tasks.gsm_infinite.solver import split_sentences
 from sleepify.tasks.gsm_infinite.text import Words, draw_words, sentences, solution
 from sleepify.tasks.gsm_infinite.vocabulary import THEMES, Theme
 
@@ -41,6 +44,9 @@ class GsmInfinite:
         size: most places and things of a problem. With (2, 2) and the theme ``PETS`` problems are a few sentences.
         curriculum: rows a level in training: the fewest operations alone at first, and one count more every so many
             rows. 0: all from the start.
+        retrieve_tokens: the rows hold only the sentences that BM25 finds best for the question, as many as have room in
+            so many tokens, in the text's order: what a system reads that searches instead of remembering. Problems
+            stay whole. None: all sentences.
 
     Raises:
         ValueError: nothing to draw from, operations out of reach, too few names, no tokenizer where one is needed, or
@@ -64,10 +70,14 @@ class GsmInfinite:
         tokenizer: Tokenizer | Encode | None = None,
         size: tuple[int, int] = (5, 5),
         curriculum: int = 0,
+        retrieve_tokens: int | None = None,
     ) -> None:
         check_curriculum(curriculum)
+        if retrieve_tokens is not None and not (isinstance(retrieve_tokens, int) and retrieve_tokens >= 1):
+            raise ValueError(f"retrieve_tokens: expected a whole number of tokens or None, got {retrieve_tokens!r}")
         self.seed = seed
         self.curriculum = curriculum
+        self.retrieve_tokens = retrieve_tokens
         self.operations = sorted(set(operations))
         self.depths = sorted({depth} if isinstance(depth, int) else set(depth))
         self.modes = list(modes)
@@ -107,6 +117,7 @@ class GsmInfinite:
             f"GsmInfinite(seed={self.seed}, operations={self.operations}, depth={self.depths}, modes={self.modes}, "
             f"themes={[theme.name for theme in self.themes]}, target_tokens={self.target}, "
             f"max_tokens={self.max_tokens}, size={self.size}, curriculum={self.curriculum}, "
+            f"retrieve_tokens={self.retrieve_tokens}, "
             f"question_first, chain_of_thought={order})"
         )
 
@@ -152,7 +163,18 @@ class GsmInfinite:
         """
         if self.prompt is None:
             raise ValueError("rows are tokens: give GsmInfinite a tokenizer")
-        return self.prompt.example(self.problem(index, split))
+        problem = self.problem(index, split)
+        if self.retrieve_tokens is not None:
+            problem = replace(problem, problem=self._found(problem, self.prompt))
+        return self.prompt.example(problem)
+
+    def _found(self, problem: Problem, prompt: Prompt) -> str:
+        """What a search finds of a problem's text."""
+        assert self.retrieve_tokens is not None
+        whole = [f"{sentence}." for sentence in split_sentences(problem.problem)]
+        return " ".join(
+            retrieve(whole, problem.question, self.retrieve_tokens, lambda sentence: len(prompt.encode(f" {sentence}")))
+        )
 
     def _fit(self, rng: Random, core: Core, words: Words, lines: list[str], bare: Problem) -> Problem | None:
         """The problem with its noise; None if it cannot have a wanted length."""

@@ -181,9 +181,9 @@ SETTINGS: dict[str, Setting] = {
         Setting(
             "gsm_inf",
             "GSM-Infinite in few words",
-            "Problems of two to six operations about two places and two things, 36 to 105 tokens of a tokenizer of "
+            "Problems of two to eight operations about two places and two things, 36 to 105 tokens of a tokenizer of "
             "words, in windows of 24 that are evicted; the question comes last and is answered at once, without a "
-            "worked solution; one count of operations more every 500 steps. The base, two layers of full attention, "
+            "worked solution; one count of operations more every 200 steps. The base, two layers of full attention, "
             "was pretrained on two and three operations; a Gated DeltaNet layer was put after each, both are looped.",
             "gsm_inf_base.yaml",
             "gsm_inf_small.yaml",

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks import arms, statistic, worth, worth_page, worth_runs
 from sleepify import SleepForCausalLM
 from sleepify.training import recipe
+from sleepify.training.settings import load_config
 
 SMALL = {"per_device_train_batch_size": 4, "test_examples": 16, "curve_examples": 3}
 SETTING = replace(
@@ -158,3 +159,12 @@ def test_every_ablation_is_trained_and_written_up(ablated: Path) -> None:
             assert model.config.fast_weights.rule == name
         if name.startswith("insert"):
             assert len(model.fast_weights) == 1
+
+
+@pytest.mark.parametrize("name", arms.SETTINGS)
+def test_what_is_read_before_the_question_is_whole_windows(name: str) -> None:
+    setting = arms.SETTINGS[name]
+    window = load_config(arms.CONFIGS / setting.config)["window_size"]
+    window = setting.tuned_changes.get("window_size", window)
+    read = worth_page.text_of(setting, arms.ARMS["n4"], 0)
+    assert read and len(read) % window == 0

@@ -121,6 +121,13 @@ HOPS = (
     "of full attention, was pretrained on k = 1; a Gated DeltaNet layer was put after each, both are looped."
 )
 
+GSM = (
+    "Problems of two to eight operations about two places and two things, 36 to 105 tokens of a tokenizer of words, in "
+    "windows of 24 that are evicted; the answer is a number, at once, without a worked solution; one count of operations "
+    "more every 200 steps. The base, two layers of full attention, was pretrained on two and three operations; a Gated "
+    "DeltaNet layer was put after each, both are looped."
+)
+
 SETTINGS: dict[str, Setting] = {
     setting.name: setting
     for setting in (
@@ -180,14 +187,21 @@ SETTINGS: dict[str, Setting] = {
         ),
         Setting(
             "gsm_inf",
-            "GSM-Infinite in few words",
-            "Problems of two to eight operations about two places and two things, 36 to 105 tokens of a tokenizer of "
-            "words, in windows of 24 that are evicted; the question comes last and is answered at once, without a "
-            "worked solution; one count of operations more every 200 steps. The base, two layers of full attention, "
-            "was pretrained on two and three operations; a Gated DeltaNet layer was put after each, both are looped.",
+            "GSM-Infinite in few words, the question last",
+            GSM + " The question comes last.",
             "gsm_inf_base.yaml",
             "gsm_inf_small.yaml",
             ("n4", "n1", "full", "rag"),
+            seeds=(0,),
+        ),
+        Setting(
+            "gsm_inf_question_first",
+            "GSM-Infinite in few words, the question first",
+            GSM + " The question comes first, so that it is in the state when the text is read.",
+            "gsm_inf_base.yaml",
+            "gsm_inf_small.yaml",
+            ("n4", "n1", "full"),
+            changes={"question_first": True},
             seeds=(0,),
         ),
         # Defined, and tried at a few steps by the tests; no run of it has been made yet.

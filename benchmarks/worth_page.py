@@ -17,6 +17,7 @@ from benchmarks.worth_costs import Cost
 from benchmarks.worth_runs import FINISHED, MODELS, Run, finished
 from sleepify.files import written_beside
 from sleepify.training import recipe
+from sleepify.training.data import Task
 from sleepify.training.model_arguments import load_tokenizer
 from sleepify.training.runs import MERGED
 
@@ -169,17 +170,51 @@ def cost_part(setting: Setting) -> Part:
     return part
 
 
-def text_of(setting: Setting, arm: Arm, seed: int) -> list[int]:
-    """What an arm reads before the first question: whole windows."""
+def task_of(setting: Setting, arm: Arm, seed: int) -> tuple[Task, int]:
+    """The test of an arm, and the window in which its rows are read."""
     reads = {name: value for name, value in arm.changes.items() if name in READING}
     changes = {"task_seed": seed, **setting.changes, **setting.tuned_changes, **reads}
     words = [word for name, value in changes.items() for word in (f"--{name}", str(value))]
     parsed = recipe.parse(None, [str(CONFIGS / setting.config), *words])
     assert not isinstance(parsed.task, recipe.DatasetArguments)
     tokenizer = load_tokenizer(parsed.model) if parsed.task.reads_text else None
-    example = parsed.task.build(test=True, tokenizer=tokenizer).example(0, "test")
-    window = parsed.sleep.settings()["window_size"]
+    return parsed.task.build(test=True, tokenizer=tokenizer), parsed.sleep.settings()["window_size"]
+
+
+def text_of(setting: Setting, arm: Arm, seed: int) -> list[int]:
+    """What an arm reads before the first question: whole windows."""
+    task, window = task_of(setting, arm, seed)
+    example = task.example(0, "test")
     return example.input_ids[: (example.queries[0].start - 1) // window * window]
+
+
+def evictions_part(setting: Setting) -> Part | None:
+    """Accuracy by how many windows a sleeping model has evicted when it answers; None where that is one number."""
+    found = arms_of(setting)
+    by_seed: dict[int, list[int]] = {}
+    for run in (run for runs in found.values() for run in runs if run.seed not in by_seed):
+        task, window = task_of(setting, ARMS[OURS], run.seed)
+        rows = (task.example(index, "test") for index in range(run.report.n_examples))
+        by_seed[run.seed] = [(query.start - 1) // window for row in rows for query in row.queries]
+    numbers = sorted({number for evicted in by_seed.values() for number in evicted})
+    if len(numbers) == 1:
+        return None
+    part = Part(
+        f"{setting.title}: by evictions",
+        "The same answers by the number of windows that the sleeping model has evicted when it gives them (its rows; "
+        "the other arms answer the same queries), all difficulties together.",
+        ["arm", "seeds", *(f"{number} evicted" for number in numbers)],
+    )
+    for name, runs in found.items():
+        cells = []
+        for number in numbers:
+            answered = [
+                [int(digit) for digit, gone in zip(run.report.answered[0], by_seed[run.seed], strict=True)
+                 if gone == number] for run in runs
+            ]  # fmt: skip
+            cells.append(spread(*over_seeds([statistics.mean(digits) for digits in answered])))
+        part.rows.append([ARMS[name].label, str(len(runs)), *cells])
+    return part
 
 
 def plot(setting: Setting, path: Path) -> None:
@@ -217,7 +252,7 @@ def write(docs: Path) -> None:
     for setting in SETTINGS.values():
         if arms_of(setting):
             plot(setting, docs / f"worth_{setting.name}.png")
-            made = (result_part(setting), any_n_part(setting), cost_part(setting))
+            made = (result_part(setting), evictions_part(setting), any_n_part(setting), cost_part(setting))
             parts += [part for part in made if part is not None]
     page = docs / "worth.md"
     write_page(page, title="What sleep is worth", command="python -m benchmarks.worth", intro=INTRODUCTION, parts=parts)

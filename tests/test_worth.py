@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks import arms, statistic, worth, worth_page, worth_runs
 from sleepify import SleepForCausalLM
 from sleepify.training import recipe
+from sleepify.training.evaluate import Report, Score
 from sleepify.training.settings import load_config
 
 SMALL = {"per_device_train_batch_size": 4, "test_examples": 16, "curve_examples": 3}
@@ -168,3 +169,32 @@ def test_what_is_read_before_the_question_is_whole_windows(name: str) -> None:
     window = setting.tuned_changes.get("window_size", window)
     read = worth_page.text_of(setting, arms.ARMS["n4"], 0)
     assert read and len(read) % window == 0
+
+
+def test_accuracy_by_evictions_counts_every_query_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Queries of three tokens after two windows of eight: two to a window, so two windows are gone, then three.
+    setting = replace(SETTING, arms=("n4", "full"), tuned_changes={**SETTING.tuned_changes, "window_size": 8})
+    setting = replace(setting, changes={"n_windows": 2, "n_queries": 4})
+    monkeypatch.setitem(arms.SETTINGS, "hops8", setting)
+    row = worth_page.task_of(setting, arms.ARMS["n4"], 0)[0].example(0, "test")
+    places = [(query.start - 1) // 8 for query in row.queries]
+    assert places == [2, 2, 3, 3]
+    answers = {"n4": "1100" * 16, "full": "1010" * 16}
+    for name, digits in answers.items():
+        scores = [Score(4, 8, 1, digits.count("1"), len(digits))]
+        report = Report("Hops", "hops", "test", 16, scores, [digits])
+        run = worth_runs.Run("hops8", name, 0, 2, 1.0, report, [], "a machine")
+        path = worth_runs.file_of("hops8", name, 0)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(run)), encoding="utf-8")
+    part = worth_page.evictions_part(setting)
+    assert part is not None and part.head[2:] == ["2 evicted", "3 evicted"]
+    assert [row[2:] for row in part.rows] == [["100.0", "0.0"], ["50.0", "50.0"]]
+    monkeypatch.setitem(
+        arms.SETTINGS, "hops8", replace(setting, arms=("n4",), changes={"n_windows": 2, "n_queries": 2})
+    )
+    path = worth_runs.file_of("hops8", "n4", 0)
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    fields["report"]["answered"] = ["10" * 16]
+    path.write_text(json.dumps(fields), encoding="utf-8")
+    assert worth_page.evictions_part(arms.SETTINGS["hops8"]) is None

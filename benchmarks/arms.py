@@ -124,8 +124,8 @@ HOPS = (
 GSM = (
     "Problems of two to eight operations about two places and two things, 36 to 105 tokens of a tokenizer of words, in "
     "windows of 24 that are evicted; the answer is a number, at once, without a worked solution; one count of "
-    "operations more every 200 steps. The base, two layers of full attention, was pretrained on two and three operations; a Gated "
-    "DeltaNet layer was put after each, both are looped."
+    "operations more every 200 steps. The base, two layers of full attention, was pretrained on two and three "
+    "operations; a Gated DeltaNet layer was put after each, both are looped."
 )
 
 SETTINGS: dict[str, Setting] = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache as remembered
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache, StoppingCriteriaList
 
 from sleepify import FastWeightConfig, SleepCache, sleepify
+from sleepify.arena import Arena
 
 # Every refusal says these: what was expected, and what came instead.
 # transformers refuses assisted generation in words of its own.
@@ -45,7 +46,10 @@ def same(one: Any, other: Any) -> bool:
         return fits and torch.equal(one, other) and one.requires_grad == other.requires_grad
     if is_dataclass(one):
         return all(same(getattr(one, each.name), getattr(other, each.name)) for each in fields(one))
-    if isinstance(one, dict):
+    if isinstance(one, Arena):
+        # Room that snapshots share: what one of them holds of it is in its keys and values.
+        return isinstance(other, Arena)
+    if isinstance(one, Mapping):
         return list(one) == list(other) and all(same(value, other[key]) for key, value in one.items())
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(same(left, right) for left, right in zip(one, other, strict=True))

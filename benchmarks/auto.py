@@ -1,6 +1,6 @@
 """As many passes as the state needs, against as many for every row, at equal mean: two tasks on a CPU, over seeds.
 
-    python -m benchmarks.auto [--repeats 3] [--output docs/results/auto.md]
+    python -m benchmarks.auto [--repeats 2] [--output docs/results/auto.md]
 
 Per task and seed one model, N drawn anew in every step from 1 to 6, trained unless its checkpoint is in outputs/auto.
 Its threshold is calibrated on 500 rows for a mean N, and tested on 2,000 others: "auto"; the same numbers of passes
@@ -209,7 +209,7 @@ def parts_of(setting: Setting, found: Sequence[Mapping[str, Any]]) -> list[Part]
 
 def main(argv: Sequence[str] | None = None) -> list[Part]:
     """Train, calibrate, test what is missing; write the page of what is there."""
-    arguments = page_arguments(argv, __doc__, "auto", repeats=3, unit="seeds")
+    arguments = page_arguments(argv, __doc__, "auto", repeats=2, unit="seeds")
     steps, n_calibrate, n_test = (2, 40, 40) if arguments.tiny else (None, 500, 2000)
     parts, said = [], []
     for setting in SETTINGS:

@@ -112,7 +112,7 @@ def measure_training(plan: Plan, rate: float) -> list[Part]:
         "Training",
         f"Ouro 1.4B with 6 Jet layers, random weights, T = {tokens:,}; for every cell the fastest batch of "
         f"{list(plan.batches)} rows, activations kept (none), passes recomputed (loop), or all of them but projections "
-        "and attention (selective). Utilisation: the model's matrix products (three times the forward pass, attention's "
+        "and attention (selective). Utilisation: matrix products (three times the forward pass, attention's "
         "causal half, recomputation not counted) per second, over the matrix rate. Over N = 1: tokens per second times "
         f"the passes that N takes, over those of N = 1. Attention of the parallel hybrid: {attention}.",
         ["L", "step", "batch", "recomputed", "tokens per second", "TFLOP/s", "utilisation", "over N = 1"],

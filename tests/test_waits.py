@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from sleepify import SleepCache
 from sleepify.serving.sampling import Sampling, choose
+from sleepify.training.norms import not_finite
 
 FAMILIES = ["qwen3", "jet_nemotron", "falcon_h1"]
 
@@ -147,6 +148,18 @@ def test_a_step_of_training_waits_once(checkpoint):
         loss.backward()
         assert_close(loss.detach().near, expected.detach(), GROWN)
     assert [place.split()[-1] for _, place in waits.seen] == ["_fetch"]
+
+
+@pytest.mark.parametrize("loss_is_bad", [False, True])
+@pytest.mark.parametrize("norm", [1.5, float("nan"), float("inf")])
+def test_whether_a_step_may_be_made_is_one_look(norm, loss_is_bad):
+    expected = loss_is_bad or norm != 1.5
+    with far_away() as waits:
+        flag = FarTensor(torch.tensor(loss_is_bad))
+        assert not_finite(flag, FarTensor(torch.tensor(norm))) == expected and len(waits.seen) == 1
+    # DeepSpeed's norm is a number, and a base that is spread over devices has its own elsewhere.
+    for other in (norm, torch.tensor(norm, dtype=torch.float64)):
+        assert not_finite(torch.tensor(loss_is_bad), other) == expected
 
 
 def test_what_waits_is_seen():

@@ -4,7 +4,7 @@
 
 Ouro 1.4B with six Jet layers and Jet-Nemotron 2B at full size, on fake CUDA tensors (benchmarks/on_paper.py): a prompt,
 a sleep, decoded tokens, a step of training forward and backward, the optimiser. Anything that would need a value from
-the card raises; the syncs that there are, are listed with their places. A minute or two.
+the card raises; the syncs that there are, are listed with their places. About five minutes.
 """
 
 from __future__ import annotations
@@ -161,7 +161,8 @@ INTRO = """Full size, bfloat16, batch 1, L = 2,000, on fake CUDA tensors: nothin
 ATen and of our own operations, views included. *Kernels*: one for each that writes, as many for our Triton kernels as
 they launch; an estimate. *GB moved*: what these kernels read and write. *TFLOP*: of matrix products and attention
 (attention in full, its causal half is half of it), without those inside our own kernels. *Syncs*: places where the
-host waits for the card. *Peak*: bytes alive beyond weights and, in training, with their gradients. Attention is
+host waits for the card. *Peak*: bytes alive beyond weights and, in training, with their gradients. A further pass costs in training what the second
+does. Attention is
 PyTorch's (flash without a mask, memory-efficient with one); the rule and Jet's convolution are our Triton kernels."""
 
 

@@ -161,9 +161,10 @@ INTRO = """Full size, bfloat16, batch 1, L = 2,000, on fake CUDA tensors: nothin
 ATen and of our own operations, views included. *Kernels*: one for each that writes, as many for our Triton kernels as
 they launch; an estimate. *GB moved*: what these kernels read and write. *TFLOP*: of matrix products and attention
 (attention in full, its causal half is half of it), without those inside our own kernels. *Syncs*: places where the
-host waits for the card. *Peak*: bytes alive beyond weights and, in training, with their gradients. A further pass costs in training what the second
-does. Attention is
-PyTorch's (flash without a mask, memory-efficient with one); the rule and Jet's convolution are our Triton kernels."""
+host waits for the card. *Peak*: bytes alive beyond weights and, in training, with their gradients. A further pass
+costs in training what the second does, and recomputing windows as a whole saves from the second window on. Attention
+is PyTorch's (flash without a mask, memory-efficient with one); the rule and Jet's convolution are our Triton
+kernels."""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -24,7 +24,7 @@ class Ended(StoppingCriteriaList):
 
     Args:
         criteria: of one call.
-        may_be_late: whether a token too many can be taken back, unseen by anybody.
+        may_be_late: whether a token too many can be taken back. (Its random number is drawn all the same.)
 
     Attributes:
         rows: [B] bool; None before the first token.
@@ -79,8 +79,7 @@ class _Told:
 
     def __init__(self, truth: Tensor) -> None:
         self._copy = truth.to("cpu", non_blocking=True)
-        self._arrived = torch.Event(device=truth.device)
-        self._arrived.record()
+        self._arrived = torch.get_device_module(truth.device).current_stream(truth.device).record_event()
 
     def value(self) -> bool:
         self._arrived.synchronize()

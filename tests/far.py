@@ -10,7 +10,6 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -134,19 +133,28 @@ def _waits(func: Any, args: Any, kwargs: dict[str, Any], any_far: bool, to: torc
     return False
 
 
+class Stream:
+    """The far device's only stream, and what ``torch.get_device_module`` gives for it."""
+
+    def __init__(self, waits: Waits) -> None:
+        self.waits = waits
+
+    def current_stream(self, device: torch.device) -> Stream:
+        assert device == FAR
+        return self
+
+    def record_event(self) -> Event:
+        return Event(self.waits)
+
+
 class Event:
-    """``torch.Event`` of the far device: what was asked for before it, is there when the host has waited for it.
+    """What was asked for before it is there when the host has waited for it.
 
     That is no wait for the device, which goes on with what it was asked since.
     """
 
-    def __init__(self, waits: Waits, device: torch.device) -> None:
-        assert device == FAR
-        self.waits = waits
-        self.before: list[Tensor] = []
-
-    def record(self) -> None:
-        self.before = list(self.waits.coming)
+    def __init__(self, waits: Waits) -> None:
+        self.waits, self.before = waits, list(waits.coming)
 
     def synchronize(self) -> None:
         self.waits.coming = [copy for copy in self.waits.coming if not any(copy is each for each in self.before)]
@@ -171,8 +179,14 @@ class _Made(TorchFunctionMode):
 @contextmanager
 def far_away() -> Iterator[Waits]:
     """Within it the far device is there."""
-    with Waits() as waits, _Made(waits), patch.object(torch, "Event", partial(Event, waits)):
-        yield waits
+    near = torch.get_device_module
+    with Waits() as waits, _Made(waits):
+
+        def module_of(device: torch.device | str | None = None) -> Any:
+            return Stream(waits) if device == FAR else near(device)
+
+        with patch.object(torch, "get_device_module", module_of):
+            yield waits
 
 
 def send(module: nn.Module) -> nn.Module:

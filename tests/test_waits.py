@@ -185,9 +185,8 @@ def test_what_waits_is_seen():
             assert len(waits.seen) > before
         before = len(waits.seen)
         far + near.to(far.device, non_blocking=True)
-        copied, arrived = far.to("cpu", non_blocking=True), torch.Event(device=far.device)
-        arrived.record()
-        arrived.synchronize()
+        copied = far.to("cpu", non_blocking=True)
+        torch.get_device_module(far.device).current_stream(far.device).record_event().synchronize()
         assert copied.tolist() == [0, 1, 2] and len(waits.seen) == before
 
 

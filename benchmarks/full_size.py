@@ -63,7 +63,13 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "total_ut_steps": 4,
     },
 }
-TINY = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 512, "num_attention_heads": 4}
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "vocab_size": 512,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 4,
+}
 
 
 def build(name: str, device: str, dtype: torch.dtype, tiny: bool = False, **sleep: Any) -> SleepForCausalLM:
@@ -73,7 +79,7 @@ def build(name: str, device: str, dtype: torch.dtype, tiny: bool = False, **slee
         name: one of `PUBLISHED`.
         device: "cuda", "cpu" or "meta".
         dtype: of the weights.
-        tiny: the same layers, narrow.
+        tiny: four layers, one of each kind at least, and narrow.
         sleep: settings of `sleepify`.
     """
     fields = dict(PUBLISHED[name])
@@ -82,6 +88,7 @@ def build(name: str, device: str, dtype: torch.dtype, tiny: bool = False, **slee
         if "efficient_attention_config" in fields:
             jet = fields["efficient_attention_config"]["jet"] | {"num_heads": 2, "head_dim": 12, "expand_v": 2}
             fields["efficient_attention_config"] = {"swa": {"window_size": 1152}, "jet": jet}
+            fields["layer_types"] = ["jet", "attn", "jet", "swa"]
             fields.pop("head_dim")
     config = CONFIG_MAPPING[fields.pop("model_type")](**fields)
     with torch.device(device):

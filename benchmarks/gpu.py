@@ -49,13 +49,13 @@ def matrix_rate(plan: Plan) -> Measured:
 
 
 def tuned(plan: Plan, step: Callable[[Setting], Callable[[], None]]) -> Measured:
-    """Rows per second with the fastest batch that fits, activations kept or passes recomputed.
+    """Rows per second with the fastest batch that fits, activations kept, passes recomputed, or all but projections.
 
     Raises:
         torch.OutOfMemoryError: if not even one row fits.
     """
     best: tuple[float, Setting] | None = None
-    for checkpoint in ("none", "loop"):
+    for checkpoint in ("none", "selective", "loop"):
         before = 0.0
         for batch_size in plan.batches:
             setting = Setting(batch_size, checkpoint)
@@ -111,9 +111,9 @@ def measure_training(plan: Plan, rate: float) -> list[Part]:
     part = Part(
         "Training",
         f"Ouro 1.4B with 6 Jet layers, random weights, T = {tokens:,}; for every cell the fastest batch of "
-        f"{list(plan.batches)} rows, activations kept (none) or passes recomputed (loop). "
-        "Utilisation: operations of the model's matrix products (three times the forward pass, of attention the causal "
-        "half, recomputation not counted) per second, over the matrix rate. Over N = 1: tokens per second times "
+        f"{list(plan.batches)} rows, activations kept (none), passes recomputed (loop), or all of them but projections "
+        "and attention (selective). Utilisation: matrix products (three times the forward pass, attention's "
+        "causal half, recomputation not counted) per second, over the matrix rate. Over N = 1: tokens per second times "
         f"the passes that N takes, over those of N = 1. Attention of the parallel hybrid: {attention}.",
         ["L", "step", "batch", "recomputed", "tokens per second", "TFLOP/s", "utilisation", "over N = 1"],
     )
@@ -276,7 +276,7 @@ def measure_jet(plan: Plan, rate: float) -> list[Part]:
         finite = all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
         return {"seconds": median(times), "peak": peak, "finite": float(finite)}
 
-    for checkpoint in ("loop", "window", "none"):
+    for checkpoint in ("loop", "selective", "window", "none"):
         cell = plan.cell(f"jet {checkpoint}", partial(measure, checkpoint))
         if not works(cell):
             part.rows.append([checkpoint, said(cell), "", ""])
@@ -305,7 +305,7 @@ def measure_memory(plan: Plan, rate: float) -> list[Part]:
         return {"peak": memory.peak_bytes(step, plan.device)}
 
     for n in loops:
-        for checkpoint in ("window", "loop", "none"):
+        for checkpoint in ("window", "loop", "selective", "none"):
             row = []
             for count in counts:
                 name = f"memory {checkpoint} N={n} windows={count}"

@@ -1,4 +1,4 @@
-"""Generation with a session: what of a prompt is new, which rows have ended, and what none of them has read yet."""
+"""Generation with a session: what of a prompt is new, and what none of its rows has read yet."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin, MaxLengthCriteria, StoppingCriteriaList
+from transformers import GenerationMixin
 
 from sleepify.cache import SleepCache
+from sleepify.ended import Ended
 from sleepify.packing import Marks
 from sleepify.rows import Rows
 
@@ -26,33 +27,6 @@ _OURS = (
     "tokenizer",
     "return_dict_in_generate",
 )
-
-
-class Ended(StoppingCriteriaList):
-    """Stopping criteria that remember which rows have met them, and the last token of each row.
-
-    Attributes:
-        rows: [B] bool; None before the first token.
-        last: the last token that each row made, [B, 1].
-    """
-
-    def __init__(self, criteria: Sequence[Any]) -> None:
-        super().__init__(criteria)
-        self.rows: Tensor | None = None
-        self.last: Tensor | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        last = input_ids[:, -1:]
-        self.last = last if self.rows is None or self.last is None else torch.where(self.rows[:, None], self.last, last)
-        met = super().__call__(input_ids, scores, **kwargs)
-        self.rows = met if self.rows is None else self.rows | met
-        return met
-
-    def going_on(self) -> Tensor | None:
-        """Mask [B, 1] of the rows that read another token; None if all do, and that is known without looking."""
-        # A limit of tokens ends all rows at once.
-        together = self.rows is None or len(self.rows) == 1 or all(isinstance(each, MaxLengthCriteria) for each in self)
-        return None if together or self.rows is None else ~self.rows[:, None]
 
 
 def left_padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -177,10 +151,17 @@ class SleepGeneration(GenerationMixin):
         self, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, *args: Any, **kwargs: Any
     ) -> Any:
         """transformers' loop; rows that have ended are not read on with what fills their places."""
-        ended = Ended(stopping_criteria)
+        model: Any = self
+        # A token too many is not to be streamed, to be shown a sleep for, or to be made by one rank alone.
+        alone = kwargs.get("streamer") is None and not kwargs.get("synced_gpus")
+        ended = Ended(stopping_criteria, may_be_late=alone and model.watch is None and model.branch is None)
         loop: Any = super()._sample  # type: ignore[misc]
         output = loop(input_ids, logits_processor, ended, *args, ended=ended, **kwargs)
         cache = kwargs.get("past_key_values")
+        if ended.surplus:
+            output = _without_last(output)
+            if cache is not None:
+                cache.now = ended.before
         if cache is not None and cache.now is not None and ended.last is not None:
             cache.now = replace(cache.now, pending=tuple(ended.last.unbind(0)))
         return output
@@ -200,6 +181,8 @@ class SleepGeneration(GenerationMixin):
         if past_key_values is not None and not is_first_iteration:
             input_ids = input_ids[:, -1:]
             attention_mask = None if ended is None else ended.going_on()
+            if ended is not None:
+                ended.before = past_key_values.now
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": past_key_values}
         if (ephemeral := kwargs.pop("ephemeral", None)) is not None and (is_first_iteration or past_key_values is None):
             # Without a session every step reads the whole text anew.
@@ -208,3 +191,14 @@ class SleepGeneration(GenerationMixin):
         # transformers counts positions itself, which a session knows, and has made stop strings of the tokenizer.
         dropped = ("labels", "position_ids", "cache_position", "tokenizer")
         return inputs | {name: value for name, value in kwargs.items() if name not in dropped}
+
+
+def _without_last(output: Any) -> Any:
+    """What `generate` gives, ids or all that transformers gives with them, without the last token."""
+    if isinstance(output, Tensor):
+        return output[:, :-1]
+    output.sequences = output.sequences[:, :-1]
+    for name in ("scores", "logits"):
+        if (steps := getattr(output, name)) is not None:
+            setattr(output, name, steps[:-1])
+    return output

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -70,25 +71,29 @@ class Waits(TorchDispatchMode):
 
     Attributes:
         seen: (operation, "file:line function" of sleepify or transformers that asked for it) of each.
+        coming: copies on their way to the host; whoever looks at one before an `Event` says that it is there, waits.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[tuple[str, str]] = []
+        self.coming: list[Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         leaves = tree_leaves((args, kwargs))
         assert not any(isinstance(leaf, Tensor) and leaf.is_meta and not isinstance(leaf, FarTensor) for leaf in leaves)
         far = [leaf for leaf in leaves if isinstance(leaf, FarTensor)]
-        near = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, FarTensor) and leaf.dim()]
-        if far and near and func not in _CROSSING:
+        near = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, FarTensor)]
+        if far and any(leaf.dim() for leaf in near) and func not in _CROSSING:
             raise RuntimeError(f"expected all tensors of {func} on one device, found some on {FAR} and some on the CPU")
         home = kwargs.get("device")
         to = None if home is None else torch.device(home)
         if to == FAR:
             kwargs["device"] = torch.device("cpu")
-        if _waits(func, args, kwargs, bool(far), to):
+        # Back to the device a copy goes behind its own coming, unseen by the host.
+        looks = to != FAR and any(leaf is copy for leaf in near for copy in self.coming)
+        if looks or _waits(func, args, kwargs, bool(far), to):
             self.note(str(func))
         near_args, near_kwargs = tree_map(
             lambda leaf: leaf.near if isinstance(leaf, FarTensor) else leaf, (args, kwargs)
@@ -96,6 +101,8 @@ class Waits(TorchDispatchMode):
         with no_dispatch():
             output = func(*near_args, **near_kwargs)
         if to == torch.device("cpu") or not (far or to == FAR):
+            if far and func is _ATEN._to_copy.default and kwargs.get("non_blocking"):
+                self.coming.append(output)
             return output
         given = {id(leaf.near): leaf for leaf in far}
 
@@ -122,9 +129,35 @@ def _waits(func: Any, args: Any, kwargs: dict[str, Any], any_far: bool, to: torc
         crosses = isinstance(args[0], FarTensor) != isinstance(args[1], FarTensor)
         return crosses and (isinstance(args[1], FarTensor) or not (len(args) > 2 and args[2]))
     if func is _ATEN._to_copy.default and to is not None and any_far != (to == FAR):
-        # To the host there is no other way to have the values than to wait; to the device there is.
-        return any_far or not kwargs.get("non_blocking")
+        return not kwargs.get("non_blocking")
     return False
+
+
+class Stream:
+    """The far device's only stream, and what ``torch.get_device_module`` gives for it."""
+
+    def __init__(self, waits: Waits) -> None:
+        self.waits = waits
+
+    def current_stream(self, device: torch.device) -> Stream:
+        assert device == FAR
+        return self
+
+    def record_event(self) -> Event:
+        return Event(self.waits)
+
+
+class Event:
+    """What was asked for before it is there when the host has waited for it.
+
+    That is no wait for the device, which goes on with what it was asked since.
+    """
+
+    def __init__(self, waits: Waits) -> None:
+        self.waits, self.before = waits, list(waits.coming)
+
+    def synchronize(self) -> None:
+        self.waits.coming = [copy for copy in self.waits.coming if not any(copy is each for each in self.before)]
 
 
 class _Made(TorchFunctionMode):
@@ -146,8 +179,14 @@ class _Made(TorchFunctionMode):
 @contextmanager
 def far_away() -> Iterator[Waits]:
     """Within it the far device is there."""
+    near = torch.get_device_module
     with Waits() as waits, _Made(waits):
-        yield waits
+
+        def module_of(device: torch.device | str | None = None) -> Any:
+            return Stream(waits) if device == FAR else near(device)
+
+        with patch.object(torch, "get_device_module", module_of):
+            yield waits
 
 
 def send(module: nn.Module) -> nn.Module:

@@ -205,7 +205,7 @@ def test_dropout_is_the_same_whatever_is_recomputed(device: str) -> None:
     # Only the last window is read awake: where a wake pass is shared with a sleep, fewer numbers are drawn.
     labels = torch.where(torch.arange(17, device=device) >= 16, ids, -100)
     results = {}
-    for level in ("none", "loop", "window"):
+    for level in ("none", "selective", "loop", "window"):
         model.config.checkpoint = level
         (model.gradient_checkpointing_disable if level == "none" else model.gradient_checkpointing_enable)()
         model.zero_grad()
@@ -215,7 +215,7 @@ def test_dropout_is_the_same_whatever_is_recomputed(device: str) -> None:
         results[level] = [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
     torch.manual_seed(1)
     assert abs(model(ids, labels=labels).loss - results["none"][0]) > 1e-4  # there is dropout
-    for level in ("loop", "window"):
+    for level in ("selective", "loop", "window"):
         for mine, theirs in zip(results[level], results["none"], strict=True):
             assert_close(mine, theirs, DEVICE32, level)
 
@@ -267,6 +267,34 @@ def test_no_sync_inside_of_a_pass(device: str, eviction: str) -> None:
         if watching:
             torch.cuda.set_sync_debug_mode("default")
     assert out.past_key_values.windows == [4, 4]
+
+
+@on_devices
+@pytest.mark.parametrize("eviction", EVICTIONS)
+def test_a_sleep_in_the_background_is_one_in_front(device: str, eviction: str) -> None:
+    """On CUDA on a stream of its own, while the session is read on on the first: several times over, since what two
+    streams do wrong they do now and then."""
+    _, model = pair(device, eviction=eviction)
+    model.eval()
+    ids = tokens(2, 36).to(device)
+
+    def run(background: bool) -> tuple[torch.Tensor, SleepCache]:
+        cache, logits = SleepCache(), []
+        for begin in range(0, 36, 6):
+            logits.append(model(ids[:, begin : begin + 4], past_key_values=cache, logits_to_keep=1).logits)
+            model.sleep(cache, background=background)
+            # What is freed here must not be given away while the other stream reads it.
+            model(ids[:, begin + 4 : begin + 6], past_key_values=cache, logits_to_keep=1)
+            cache.wait()
+        return torch.cat(logits, 1), cache
+
+    with torch.no_grad():
+        (expected, front), (actual, behind) = run(False), run(True)
+    assert_close(actual, expected, DEVICE32, "logits")
+    assert behind.windows == front.windows and min(front.windows) >= 6
+    for key, layer in front.at_start.items():
+        for mine, theirs in zip(behind.at_start[key], layer, strict=True):
+            assert_close(mine, theirs, DEVICE32, f"state {key}")
 
 
 @on_devices

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+import talking
 import torch
 from families import tiny_base, tokens, true_float64
 from far import FarTensor, far_away, send
@@ -18,7 +19,7 @@ from tolerances import DEVICE32, EXACT, GROWN, assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sleepify import SleepCache, UnsupportedModelError
+from sleepify import Session, SleepCache, UnsupportedModelError
 
 _ATEN = torch.ops.aten
 
@@ -185,6 +186,25 @@ def test_generation_with_graphs():
     with model.captured(Tape.capture):
         assert torch.equal(model.generate(ids, cache_implementation="static", **how), expected)
     assert Tape.made == 1 and Tape.played > 8
+
+
+def test_sessions_answer_with_graphs():
+    """Text in, text out; one that was forked, and both in turn, with one graph."""
+    model, words = talking.talker(), talking.tokenizer()
+    how = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None}
+
+    def talk(fixed):
+        session = Session(model, words)
+        session.cache = SleepCache(fixed_shapes=fixed)
+        session.read("a cab had a bed, dad fed a hag.")
+        other = session.fork()
+        asked = [(session, "who?"), (other, "egg"), (session, "a cab?")]
+        return [each.ask(text, keep=True, **how) for each, text in asked]
+
+    expected = talk(False)
+    with model.captured(Tape.capture):
+        assert talk(True) == expected
+    assert Tape.made == 1 and Tape.played > 12
 
 
 def test_nothing_is_replayed_where_it_would_not_be_right():

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_UNSOUND = -1
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -42,19 +44,21 @@ class Sampling:
 def choose(
     scores: Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator | None]
 ) -> list[int | None]:
-    """The next token of every row of the scores [B, V]; None for a row whose scores are not finite."""
-    best = scores.argmax(-1).tolist()
+    """The next token of every row of the scores [B, V]; None for a row whose scores are not finite.
+
+    Whatever the rows, the device is waited for once, and once more if some of them are drawn.
+    """
     # One NaN, or infinity of either sign where all are -inf, shows in the largest.
-    sound = torch.isfinite(scores.amax(-1)).tolist()
-    chosen: list[int | None] = []
-    for row, (sampling, generator) in enumerate(zip(samplings, generators, strict=True)):
-        if not sound[row]:
-            chosen.append(None)
-        elif generator is None:
-            chosen.append(best[row])
-        else:
-            chosen.append(_draw(scores[row].double().cpu(), sampling, generator))
-    return chosen
+    unsound = torch.isfinite(scores.amax(-1)).logical_not()
+    chosen: list[int | None] = scores.argmax(-1).masked_fill(unsound, _UNSOUND).tolist()
+    drawn = [row for row, generator in enumerate(generators) if generator is not None and chosen[row] != _UNSOUND]
+    if drawn:
+        index = torch.tensor(drawn).to(scores.device, non_blocking=True)
+        for row, odds in zip(drawn, scores.index_select(0, index).double().cpu(), strict=True):
+            generator = generators[row]
+            assert generator is not None
+            chosen[row] = _draw(odds, samplings[row], generator)
+    return [None if token == _UNSOUND else token for token in chosen]
 
 
 def _draw(scores: Tensor, sampling: Sampling, generator: torch.Generator) -> int:

@@ -236,8 +236,10 @@ class Scheduler:
 
     def _forward(self, ids: Tensor, mask: Tensor | None, cache: SleepCache) -> Tensor:
         """Scores [B, V] after the last column."""
-        mask = None if mask is None or bool(mask.all()) else mask.to(self._device)
-        output = self.model(ids.to(self._device), attention_mask=mask, past_key_values=cache, logits_to_keep=1)
+        # A mask is for the host, and ids need not be waited for.
+        mask = None if mask is None or bool(mask.all()) else mask
+        ids = ids.to(self._device, non_blocking=True)
+        output = self.model(ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1)
         return output.logits[:, -1]
 
     def _count_sleep(self, begun: float) -> None:

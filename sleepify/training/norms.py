@@ -1,7 +1,8 @@
-"""Norms of the fast weights while a model trains: what the log shows of the state."""
+"""Norms while a model trains: what the log shows of the state, and whether a step may be made."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,14 @@ from torch import Tensor
 from sleepify.memory import LayerKey, Memory
 from sleepify.modeling import SleepForCausalLM
 from sleepify.schedule import Sleep
+
+
+def not_finite(loss_is_bad: Tensor, norm: Tensor | float) -> bool:
+    """Whether a loss was not finite or the gradient's norm is not; the device is waited for once."""
+    # (A sharded norm, of FSDP2, does not go together with what is not.)
+    if isinstance(norm, Tensor) and not hasattr(norm, "full_tensor") and norm.device == loss_is_bad.device:
+        return bool(loss_is_bad | ~torch.isfinite(norm))
+    return bool(loss_is_bad) or not math.isfinite(norm)
 
 
 @contextmanager

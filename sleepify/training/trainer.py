@@ -8,7 +8,6 @@ Ctrl-C, and the same layer calls on all ranks.
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -30,7 +29,7 @@ from sleepify.modeling import SleepForCausalLM
 from sleepify.rows import NO_COLUMNS
 from sleepify.training.arguments import SleepTrainingArguments
 from sleepify.training.data import SleepCollator, TaskDataset
-from sleepify.training.norms import state_norms
+from sleepify.training.norms import not_finite, state_norms
 from sleepify.training.objectives import SUPERVISED, Criterion, objectives_of, sleeping_model
 from sleepify.training.optim import build_optimizer, idle_layers
 from sleepify.training.rounds import equalise, restore
@@ -224,7 +223,7 @@ class SleepTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Called once per step, between backward and update, with the gradient's norm: the place to drop a bad one."""
         norm = super()._get_grad_norm(model, grad_norm)
-        is_bad = bool(self._loss_is_bad) or not math.isfinite(norm)
+        is_bad = not_finite(self._loss_is_bad, norm)
         self._loss_is_bad.zero_()
         is_bad, self._stop_agreed = self._agree(is_bad, self._stop.asked is not None)
         if is_bad and self.args.skip_nonfinite:

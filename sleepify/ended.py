@@ -107,6 +107,10 @@ class _Going:
         """1 if a row goes on."""
         return torch.tensor(0 if self._ended.is_over else 1)
 
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else a loop may ask, the rows answer, and are waited for."""
+        return getattr(self._rows, name)
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is Tensor.__and__:

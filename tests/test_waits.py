@@ -10,10 +10,11 @@ from families import tokens
 from far import FarTensor, far_away, send
 from small import sleeping
 from tolerances import GROWN, assert_close
-from transformers import StoppingCriteria
+from transformers import MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from sleepify import SleepCache
+from sleepify.ended import Ended
 from sleepify.serving.sampling import Sampling, choose
 from sleepify.training.norms import not_finite
 
@@ -212,3 +213,11 @@ def test_the_server_waits_for_the_tokens_of_all_rows_at_once(temperatures, n_wai
     with far_away() as waits, torch.no_grad():
         assert run(send(model), FarTensor(ids)) == expected
     assert len(waits.seen) == 9 * n_waits
+
+
+def test_a_loop_may_ask_anything_of_the_rows_that_go_on():
+    ended = Ended(StoppingCriteriaList([MaxLengthCriteria(3)]))
+    going = torch.ones(2, dtype=torch.long) & ~ended(torch.zeros(2, 2, dtype=torch.long), None)
+    assert going.max() == 1 and going.any() and going.shape == (2,) and going.sum().item() == 2
+    gone = torch.ones(2, dtype=torch.long) & ~ended(torch.zeros(2, 3, dtype=torch.long), None)
+    assert gone.max() == 0 and not gone.any() and torch.equal(torch.full((2,), 5) * gone + 7 * (1 - gone), torch.full((2,), 7))

@@ -25,7 +25,7 @@ from sleepify.generation import SleepGeneration
 from sleepify.graphs import SleepCapture
 from sleepify.hosts import Host, host_class
 from sleepify.keywords import refuse, refuse_auto, refuse_unequal_ranks
-from sleepify.loss import Objective, check_count, cross_entropy
+from sleepify.loss import Objective, check_count, cross_entropy, rooted
 from sleepify.memory import changed
 from sleepify.on_demand import SleepOnDemand
 from sleepify.packing import Marks
@@ -283,6 +283,7 @@ class SleepForCausalLM(
         context = (input_ids, attention_mask, past_key_values, n_loops, marks, awake, ephemeral)
         reading = self._read(Call(*context, use_cache, labels, logits_to_keep))
         loss, logits = reading.predict(num_items_in_batch, check_positive("loss_pieces", loss_pieces))
+        loss = rooted(loss, self.parameters()) if loss is not None and self.training else loss
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=reading.keep())
 
     def _read(self, call: Call) -> Reading:

@@ -92,7 +92,7 @@ def on_two_processes(directory, scenarios):
                 processes.append(
                     subprocess.Popen(command, env=environment | own, stdout=output, stderr=subprocess.STDOUT)
                 )
-        codes = [process.wait(timeout=500) for process in processes]
+        codes = [process.wait(timeout=1500) for process in processes]
     finally:
         for process in processes:
             process.kill()

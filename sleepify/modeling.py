@@ -210,7 +210,7 @@ class SleepForCausalLM(
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: SleepCache | None = None,
         labels: Tensor | None = None,
@@ -277,6 +277,8 @@ class SleepForCausalLM(
             output_hidden_states=output_hidden_states,
             output_router_logits=output_router_logits,
         )
+        if input_ids is None:
+            raise ValueError("expected input_ids [batch, tokens], got none")
         check_count(num_items_in_batch)
         boundaries = (seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         marks = Marks(position_ids, cache_position, token_type_ids, *boundaries)

@@ -347,3 +347,12 @@ def test_an_adapter_of_a_sleeping_model_is_none_for_its_base(tmp_path):
     peft.get_peft_model(model, lora_config(model, r=2)).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"a model that sleeps.*got .* around Qwen3ForCausalLM.*sleepify\(base"):
         peft.PeftModel.from_pretrained(tiny_base("qwen3", torch.float32), tmp_path)
+
+
+def test_prompts_of_vectors_are_refused_by_name():
+    """Sleep replays ids, and there is no id for what was learnt as an embedding."""
+    tuned = peft.get_peft_model(fresh(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ValueError, match="inputs_embeds to be off, got it on: sleep replays the ids"):
+        tuned(input_ids=tokens(2, 13))
+    with pytest.raises(ValueError, match="expected input_ids .batch, tokens., got none"):
+        fresh()(labels=tokens(2, 13))

@@ -75,10 +75,13 @@ def test_every_push_of_a_training_can_be_loaded_and_has_the_models_card(
 def test_the_card_beside_a_model_tells_results_and_stays_if_somebody_wrote_it(tmp_path: Path) -> None:
     trainer = build(tmp_path)
     trainer.save_model()
+    # As a trainer does, after the model.
+    (tmp_path / "tokenizer_config.json").write_text("{}")
     for results in (RESULTS, RESULTS | {"perplexity": 2.0}):
         write_notes(trainer, None, False, {"results.json": results})
         card = ModelCard.load(tmp_path / "README.md")
         assert card.data.eval_results[0].metric_value == results["perplexity"]
+        assert "AutoTokenizer.from_pretrained" in card.content
         assert json.loads((tmp_path / "results.json").read_text()) == results
     (tmp_path / "README.md").write_text("---\nlibrary_name: sleepify\n---\nmine")
     write_notes(trainer, None, False, {"results.json": RESULTS})

@@ -247,9 +247,9 @@ window is still open). Geometric mean over seeds (lowest-highest). Surnames aske
 NOTES = """
 With full attention the base knows nearly every surname at any distance. Given sleep and not trained it is worse than
 guessing among all {surnames} surnames, since it is sure of wrong ones. What a loss has brought back is how far a row
-comes from there below {surnames}, and towards the first row. Losses without a row have not been run yet. This is a
-text in which a look-up is all that is asked, on a model of toy size: it shows that a loss teaches sleep to keep what
-was read, not which loss is best for language.
+comes from there below {surnames}, and towards the first row. One seed does not tell losses apart that differ by a few
+hundredths. This is a text in which a look-up is all that is asked, on a model of toy size: it shows that a loss teaches
+sleep to keep what was read, not which loss is best for language.
 
 **What it took** (trials with seed 0, whose files were not kept). Recall is learnt late and at once, so that too short a
 run shows nothing. With the base frozen, one layer inserted after its second, and longer texts (192 words in windows of

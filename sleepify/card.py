@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError
 
 from sleepify.config import SleepConfig
+from sleepify.files import written_beside
 
+CARD = "README.md"
 _JET: dict[str, Any] = {
     "license": "other",
     "license_name": "nvidia-jet-nemotron",
@@ -36,6 +40,33 @@ def read_results(directory: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return results if isinstance(results, dict) else {}
+
+
+@contextmanager
+def renewed(folder: Path, saved_as: str, name: str | None = None) -> Iterator[None]:
+    """Write the card in a folder again at the end, if it is still the one that saving wrote there.
+
+    Args:
+        folder: of a model that sleeps; any other is left alone.
+        saved_as: what the card says to load the model by.
+        name: what it shall say; by default the same, with the results that then lie in the folder.
+    """
+    path = folder / CARD
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    ours = "library_name: sleepify" in text and _words(text) == _words(_card_in(folder, saved_as))
+    yield
+    if ours:
+        with written_beside(path) as draft:
+            draft.write_text(_card_in(folder, saved_as if name is None else name), encoding="utf-8")
+
+
+def _words(card: str) -> str:
+    """Without the example: where a tokenizer came after the model, it would be another one now."""
+    return re.sub(r"```python\n.*?```", "", card, flags=re.DOTALL)
+
+
+def _card_in(folder: Path, name: str) -> str:
+    return write_card(SleepConfig.from_pretrained(folder), name, read_results(folder))
 
 
 def write_card(
@@ -199,7 +230,9 @@ def _licence(config: SleepConfig, online: bool) -> tuple[dict[str, Any], str]:
     if base and (readme := Path(base) / "README.md").is_file():
         found = ModelCard.load(readme).data
     elif base and online and _is_on_hub(base):
-        found = HfApi().model_info(base, revision=config.base_model_revision).card_data
+        # A base that only looks like a name on the Hub, or is not for everybody, is no reason not to upload.
+        with suppress(HfHubHTTPError):
+            found = HfApi().model_info(base, revision=config.base_model_revision).card_data
     names = ("license", "license_name", "license_link")
     fields: dict[str, Any] = {name: str(value) for name in names if (value := getattr(found, name, None))}
     if "license" in fields:

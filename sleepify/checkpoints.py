@@ -21,7 +21,7 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file
 
 from sleepify import manifest
-from sleepify.card import read_results, write_card
+from sleepify.card import CARD, read_results, write_card
 from sleepify.config import SleepConfig
 from sleepify.errors import CheckpointError
 from sleepify.files import discard, draft_of, read_tensors
@@ -117,11 +117,11 @@ class SleepCheckpoint(PreTrainedModel):
             else:
                 super().save_pretrained(draft, True, state_dict, **kwargs)
             write_loader(draft)
-            if not (directory / "README.md").exists():
+            if not (directory / CARD).exists():
                 card = write_card(
                     SleepConfig.from_pretrained(draft), os.fspath(save_directory), read_results(directory)
                 )
-                (draft / "README.md").write_text(card, encoding="utf-8")
+                (draft / CARD).write_text(card, encoding="utf-8")
             manifest.write_manifest(draft)
         except BaseException:
             discard(draft)
@@ -202,7 +202,7 @@ class SleepCheckpoint(PreTrainedModel):
             results = read_results(Path(self.name_or_path)) if self.name_or_path else {}
             config, tags = SleepConfig.from_pretrained(folder), kwargs.get("tags") or ()
             card = write_card(config, repo, results, tags=tags, online=True)
-            (Path(folder) / "README.md").write_text(card, encoding="utf-8")
+            (Path(folder) / CARD).write_text(card, encoding="utf-8")
             done = api.upload_folder(
                 folder_path=folder,
                 repo_id=repo,

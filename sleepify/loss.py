@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -55,6 +55,20 @@ def cross_entropy(asked: Asked) -> Tensor:
     n_pieces = asked.n_pieces if asked.whole else n_pieces_of(asked.hidden.shape[0])
     total = summed_cross_entropy(asked.blocks.logits, asked.hidden, asked.targets, asked.scores, n_pieces)
     return total / (asked.count.to(total.device) if isinstance(asked.count, Tensor) else asked.count)
+
+
+def rooted(loss: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
+    """A loss that gradient can flow back from, also where nothing is predicted: then it is 0 for all that is trained.
+
+    A batch without a label is not read at all, and of a frozen base not even the head would be in the graph.
+
+    Args:
+        loss: [].
+        parameters: of the model.
+    """
+    if loss.requires_grad or not torch.is_grad_enabled():
+        return loss
+    return loss + sum(0.0 * each.reshape(-1)[:1].sum().to(loss) for each in parameters if each.requires_grad)
 
 
 def check_count(num_items: int | Tensor | None) -> None:

@@ -25,7 +25,7 @@ from sleepify.generation import SleepGeneration
 from sleepify.graphs import SleepCapture
 from sleepify.hosts import Host, host_class
 from sleepify.keywords import refuse, refuse_auto, refuse_unequal_ranks
-from sleepify.loss import Objective, check_count, cross_entropy
+from sleepify.loss import Objective, check_count, cross_entropy, rooted
 from sleepify.memory import changed
 from sleepify.on_demand import SleepOnDemand
 from sleepify.packing import Marks
@@ -210,7 +210,7 @@ class SleepForCausalLM(
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: SleepCache | None = None,
         labels: Tensor | None = None,
@@ -277,12 +277,15 @@ class SleepForCausalLM(
             output_hidden_states=output_hidden_states,
             output_router_logits=output_router_logits,
         )
+        if input_ids is None:
+            raise ValueError("expected input_ids [batch, tokens], got none")
         check_count(num_items_in_batch)
         boundaries = (seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         marks = Marks(position_ids, cache_position, token_type_ids, *boundaries)
         context = (input_ids, attention_mask, past_key_values, n_loops, marks, awake, ephemeral)
         reading = self._read(Call(*context, use_cache, labels, logits_to_keep))
         loss, logits = reading.predict(num_items_in_batch, check_positive("loss_pieces", loss_pieces))
+        loss = rooted(loss, self.parameters()) if loss is not None and self.training else loss
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=reading.keep())
 
     def _read(self, call: Call) -> Reading:

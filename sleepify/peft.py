@@ -182,6 +182,11 @@ def _restore(
     """Load an adapter, if it has the inserted weights that it needs."""
     prefix, sleeping = _inside(model)
     config = model.peft_config[adapter_name]
+    if sleeping is None and any(name.startswith(f"base_model.model.{_INSERTED}.") for name in state):
+        raise CheckpointError(
+            f"expected a model that sleeps, since the adapter holds inserted layers, got {type(model).__name__} around "
+            f"{type(model.get_base_model()).__name__}; give it sleep as it had when it was trained: sleepify(base, ...)"
+        )
     if sleeping is not None and not config.is_prompt_learning:
         check_complete(sleeping, config, {name.removeprefix(prefix) for name in state})
     return function(model, state, adapter_name, *a, **k)

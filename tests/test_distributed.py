@@ -21,7 +21,10 @@ from families import tokens, true_float64
 from small import trainable
 from tolerances import DISTRIBUTED, DISTRIBUTED_MUON, EXACT_GRAD, assert_close
 
+from sleepify import FastWeightConfig
 from sleepify.training import SleepCollator, SleepTrainer, SleepTrainingArguments, rounds
+from sleepify.training.objective_arguments import ObjectiveArguments
+from sleepify.training.objectives import Objectives
 from sleepify.training.optim import build_deepspeed_optimizer
 
 FSDP = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer", "FastWeightLayer"]}}
@@ -36,6 +39,13 @@ MIXED = ADAMW | {
     "loops_schedule": [1, 2, 3],
     "sleep": {"checkpoint": "window", "backprop_windows": 1},
 }
+# Layers before, in and behind those that are looped, so that what a pass leaves has layers of its own to run.
+LOSSES = FROZEN | {
+    **{"distill": 0.5, "distill_at": "later", "reconstruct": 0.3, "pass_loss": "all", "pass_loss_weight": 0.5},
+    "sleep": {"fast_weights": {"layers": [0, 1]}, "loop_range": [0, 1], "n_loops": 3},
+    # Losses twice as large, by which AdamW enlarges rounding.
+    "adamw_learning_rate": 3e-3,
+}
 # What is trained, by name; one process is the reference for each.
 RUNS = {
     "adamw": ADAMW,
@@ -43,6 +53,7 @@ RUNS = {
     "adamw_frozen": ADAMW | FROZEN,
     "muon_frozen": MUON | FROZEN,
     "mixed": MIXED,
+    "losses": ADAMW | LOSSES,
 }
 WRAPPERS = {
     "ddp": "DistributedDataParallel",
@@ -53,7 +64,9 @@ WRAPPERS = {
 
 
 def zero(stage):
-    return {"deepspeed": {"zero_optimization": {"stage": stage}} | dict.fromkeys(AUTO, "auto")}
+    # So small tensors ZeRO-3 would not partition.
+    options = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
+    return {"deepspeed": {"zero_optimization": options} | dict.fromkeys(AUTO, "auto")}
 
 
 MODES = {"ddp": {}, "fsdp2": FSDP, "zero2": zero(2), "zero3": zero(3)}
@@ -79,7 +92,7 @@ def on_two_processes(directory, scenarios):
                 processes.append(
                     subprocess.Popen(command, env=environment | own, stdout=output, stderr=subprocess.STDOUT)
                 )
-        codes = [process.wait(timeout=500) for process in processes]
+        codes = [process.wait(timeout=1500) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -100,10 +113,10 @@ def one(tmp_path_factory):
 
 
 PLAN = {
-    "ddp": {"adamw": {"resume": True}, "muon_frozen": {}},
-    "fsdp2": {"muon": {"resume": True}, "adamw_frozen": {}, "mixed": {}},
+    "ddp": {"adamw": {"resume": True}, "muon_frozen": {}, "losses": {}},
+    "fsdp2": {"muon": {"resume": True}, "adamw_frozen": {}, "mixed": {}, "losses": {}},
     "zero2": {"adamw": {"resume": True}, "muon_frozen": {}},
-    "zero3": {"muon": {"resume": True}, "adamw_frozen": {}},
+    "zero3": {"muon": {"resume": True}, "adamw_frozen": {}, "losses": {}},
 }
 SPOILED = ["ddp", "fsdp2", "zero2"]
 if find_spec("deepspeed") is None:
@@ -234,6 +247,36 @@ def test_ranks_with_different_rows_call_the_same_layers_and_keep_their_gradients
         model = trainable(dtype=torch.float64, **keywords).train()
         before = [calls(model, batch) for batch in batches]
         after = [calls(model, rounds.equalise(batch, 8, truncated)) for batch in batches]
+    assert len({str(order) for order, _ in before}) > 1
+    assert len({str(order) for order, _ in after}) == 1
+    for (_, expected), (_, actual) in zip(before, after, strict=True):
+        for name, gradient in actual.items():
+            assert_close(gradient, expected.get(name, torch.zeros_like(gradient)), EXACT_GRAD, name)
+
+
+@pytest.mark.parametrize("losses", [{"pass_loss": "all"}, {"pass_loss": "one"}, {"reconstruct": 0.5}])
+def test_ranks_call_the_same_layers_for_all_losses(monkeypatch, losses):
+    """What earlier passes left is asked of the last sleep of a row alone: which that is must be agreed on."""
+    batches = [ragged((30, [4, 29]), (3, [2])), ragged((9, [8]), (18, [17])), ragged((44, [20]), (26, [25]))]
+    own = [calls_of(batch) for batch in batches]
+    n_rounds = max(len(one.awake) for one in own)
+    together = torch.stack([torch.from_numpy(one.signature(n_rounds)).to(torch.int32) for one in own]).amax(0)
+
+    def all_reduce(tensor, op):
+        tensor.copy_(torch.tensor([n_rounds, 2]) if tensor.dtype == torch.long else together)
+
+    monkeypatch.setattr(rounds.dist, "all_reduce", all_reduce)
+    options = {"n_loops": 3, "fast_weights": FastWeightConfig(layers=[0, 1]), "loop_range": (0, 1)}
+    model = trainable(dtype=torch.float64, **options).train()
+    objectives = Objectives(ObjectiveArguments(**losses), model)
+
+    def of(batch):
+        with objectives.on(torch.tensor([7, 7, 7])):
+            return calls(model, batch)
+
+    with true_float64():
+        before = [of(batch) for batch in batches]
+        after = [of(rounds.equalise(batch, 8, objectives.tells_last_sleeps)) for batch in batches]
     assert len({str(order) for order, _ in before}) > 1
     assert len({str(order) for order, _ in after}) == 1
     for (_, expected), (_, actual) in zip(before, after, strict=True):

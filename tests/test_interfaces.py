@@ -399,7 +399,7 @@ def test_ranks_that_want_logits_call_the_same_layers(monkeypatch):
             layer.register_forward_pre_hook(lambda *_, i=place, seen=order: seen.append(i))
             for place, layer in enumerate([*model.language_model.model.layers, *model.fast_weights])
         ]
-        logits = model(**rounds.equalise(batch, 8, truncated=False, every=True)).logits
+        logits = model(**rounds.equalise(batch, 8, apart=False, every=True)).logits
         for handle in handles:
             handle.remove()
         orders.add(str(order))
@@ -407,4 +407,4 @@ def test_ranks_that_want_logits_call_the_same_layers(monkeypatch):
         assert_close(restored, model(batch["input_ids"], batch["attention_mask"]).logits, EXACT)
     assert len(orders) == 1
     with pytest.raises(ValueError, match="one text per row where layers are sharded.*position_ids"):
-        rounds.equalise(batches[0] | {"position_ids": torch.arange(30)[None]}, 8, truncated=False)
+        rounds.equalise(batches[0] | {"position_ids": torch.arange(30)[None]}, 8, apart=False)

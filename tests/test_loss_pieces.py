@@ -42,7 +42,7 @@ def test_the_head_is_called_as_often_as_the_rank_with_most_labels_needs(monkeypa
         "all_reduce",
         lambda t, op: t.copy_(torch.tensor([3, max(10, labels_elsewhere)])) if t.dtype == torch.long else t,
     )
-    batch = rounds.equalise({"input_ids": ids, "labels": labels}, 8, truncated=False)
+    batch = rounds.equalise({"input_ids": ids, "labels": labels}, 8, apart=False)
     actual, n_calls, most = gradients(model, batch)
     # Labels, and a place more per round and row that the ranks may add, each piece once more in the backward pass.
     assert n_calls == 2 * -(-(max(10, labels_elsewhere) + 6) // 4) and most <= 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from random import Random
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -11,6 +12,8 @@ import torch
 from families import tiny_base, tokens, true_float64
 from tolerances import EXACT, EXACT_GRAD, assert_close
 from torch.nn.functional import cross_entropy, log_softmax
+from transformers import AutoModelForCausalLM
+from transformers.integrations import deepspeed
 
 from sleepify import FastWeightConfig, SleepCache
 from sleepify.hosts.families import FAMILIES
@@ -268,14 +271,14 @@ def without_keys(memory):
 TASK = Rule110(width=8, n_strings=2, steps=2)
 
 
-def trained(directory, model=None, criterion=None, rows=4, **changes):
+def trained(directory, model=None, criterion=None, rows=4, data=None, **changes):
     settings = {"max_steps": 2, "per_device_train_batch_size": rows, "logging_steps": 1, "save_strategy": "no"}
     settings |= {"use_cpu": True, "disable_tqdm": True, "output_dir": str(directory), "train_only": "fast_weights"}
     trainer = SleepTrainer(
         small.trainable(n_loops=3) if model is None else model,
         SleepTrainingArguments(**(settings | changes)),
         criterion=criterion,
-        train_dataset=TaskDataset(TASK),
+        train_dataset=data or TaskDataset(TASK),
         data_collator=SleepCollator(0),
     )
     trainer.train()
@@ -321,7 +324,54 @@ def test_a_base_that_does_not_sleep_has_no_other_losses(tmp_path):
         trained(tmp_path, tiny_base("qwen3", torch.float32), train_only=None, pass_loss="all")
 
 
-def test_other_losses_are_refused_under_zero3(tmp_path, monkeypatch):
-    monkeypatch.setattr("sleepify.training.objectives.is_deepspeed_zero3_enabled", lambda: True)
-    with pytest.raises(ValueError, match="DDP, FSDP or ZeRO-2 with pass_loss, got ZeRO-3"):
-        trained(tmp_path, pass_loss="all")
+def test_a_teacher_by_name_is_whole_under_zero3(tmp_path, monkeypatch):
+    """transformers partitions whatever is loaded there; nothing would gather the weights of a second model."""
+    tiny_base("llama").save_pretrained(tmp_path)
+    student = sleeping()
+    monkeypatch.setattr(deepspeed, "_hf_deepspeed_config_weak_ref", lambda: SimpleNamespace(is_zero3=lambda: True))
+    seen, load = [], AutoModelForCausalLM.from_pretrained
+
+    def from_pretrained(*args, **kwargs):
+        seen.append(deepspeed.is_deepspeed_zero3_enabled())
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    Teacher.load(str(tmp_path), student)
+    assert seen == [False] and deepspeed.is_deepspeed_zero3_enabled()
+
+
+def labelled_in(*lengths):
+    """Rows of 12 tokens, of which the last so many are labelled."""
+    ids = [tokens(1, 12, seed=seed)[0].tolist() for seed in range(len(lengths))]
+    return [
+        {"input_ids": row, "labels": [IGNORE] * (12 - n) + row[12 - n :]} for row, n in zip(ids, lengths, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        {},
+        {"pass_loss": "one"},
+        {"distill": 1.0, "cross_entropy": 0.0},
+        {"reconstruct": 1.0, "cross_entropy": 0.0},
+        {"pass_loss": "all", "cross_entropy": 0.0},
+    ],
+    ids=str,
+)
+def test_a_batch_in_which_nothing_is_predicted_changes_nothing(losses, tmp_path):
+    """With a frozen base nothing of it would be in any graph. Of a whole step without labels the loss is 0."""
+    small_steps = {"rows": 1, "gradient_accumulation_steps": 2, "train_sampling_strategy": "sequential", **losses}
+
+    def found(*lengths):
+        return trained(tmp_path, data=labelled_in(*lengths), **small_steps)
+
+    with_holes = found(3, 0, 0, 0)
+    assert with_holes[1] == 0.0 and with_holes[0] > 0.1
+    assert with_holes[:1] == pytest.approx(found(3, 0, 4, 4)[:1], abs=1e-6)
+
+
+def test_rows_too_short_to_sleep_have_no_loss_of_sleep(tmp_path):
+    losses = {"reconstruct": 1.0, "cross_entropy": 0.0}
+    short = [{"input_ids": row["input_ids"][:6], "labels": row["input_ids"][:6]} for row in labelled_in(0, 0)]
+    assert trained(tmp_path, data=short, rows=1, **losses) == [0.0, 0.0]

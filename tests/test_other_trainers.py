@@ -34,7 +34,7 @@ def two(tmp_path_factory):
                 processes.append(
                     subprocess.Popen(command, env=os.environ | shared | own, stdout=log, stderr=subprocess.STDOUT)
                 )
-        codes = [process.wait(timeout=500) for process in processes]
+        codes = [process.wait(timeout=1500) for process in processes]
     finally:
         for process in processes:
             process.kill()

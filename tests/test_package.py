@@ -67,7 +67,7 @@ EDGES: dict[str, set[str]] = {
     "fast_weights": {"ops", "config"},
     "models": {"fast_weights"},
     "defaults": {"config", "hosts", "settings"},
-    "card": {"config"},
+    "card": {"config", "files"},
     "precision": set(),
     "manifest": {"config", "errors", "files"},
     "modeling": {
@@ -83,9 +83,9 @@ EDGES: dict[str, set[str]] = {
     "calibration": {"convergence", "generation", "modeling", "recording", "rows", "settings"},
     "retrofit": {"config", "defaults", "fingerprint", "hosts", "modeling", "settings"},
     "training": {
-        *("config", "conversation", "defaults", "errors", "fast_weights", "files", "hosts", "loss", "manifest"),
-        *("memory", "modeling", "packing", "peft", "recompute", "retrofit", "rows", "schedule", "settings", "sleep"),
-        *("snapshot", "tasks"),
+        *("card", "config", "conversation", "defaults", "errors", "fast_weights", "files", "hosts", "loader", "loss"),
+        *("manifest", "memory", "modeling", "packing", "peft", "recompute", "retrofit", "rows", "schedule", "settings"),
+        *("sleep", "snapshot", "tasks"),
     },
     "peft": {"errors"},
     "serving": {"cache", "errors", "files", "generation", "memory", "modeling"},

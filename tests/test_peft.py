@@ -339,3 +339,20 @@ def test_a_quantized_base_learns_by_adapters(tmp_path, bits):
 
 def test_it_is_a_name_of_the_package():
     assert "lora_config" in package.__all__ and VOCAB
+
+
+def test_an_adapter_of_a_sleeping_model_is_none_for_its_base(tmp_path):
+    """peft would leave out what does not fit, with a warning, and the base would say what it always says."""
+    model = fresh()
+    peft.get_peft_model(model, lora_config(model, r=2)).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"a model that sleeps.*got .* around Qwen3ForCausalLM.*sleepify\(base"):
+        peft.PeftModel.from_pretrained(tiny_base("qwen3", torch.float32), tmp_path)
+
+
+def test_prompts_of_vectors_are_refused_by_name():
+    """Sleep replays ids, and there is no id for what was learnt as an embedding."""
+    tuned = peft.get_peft_model(fresh(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ValueError, match="inputs_embeds to be off, got it on: sleep replays the ids"):
+        tuned(input_ids=tokens(2, 13))
+    with pytest.raises(ValueError, match="expected input_ids .batch, tokens., got none"):
+        fresh()(labels=tokens(2, 13))

@@ -220,4 +220,5 @@ def test_a_loop_may_ask_anything_of_the_rows_that_go_on():
     going = torch.ones(2, dtype=torch.long) & ~ended(torch.zeros(2, 2, dtype=torch.long), None)
     assert going.max() == 1 and going.any() and going.shape == (2,) and going.sum().item() == 2
     gone = torch.ones(2, dtype=torch.long) & ~ended(torch.zeros(2, 3, dtype=torch.long), None)
-    assert gone.max() == 0 and not gone.any() and torch.equal(torch.full((2,), 5) * gone + 7 * (1 - gone), torch.full((2,), 7))
+    assert gone.max() == 0 and not gone.any()
+    assert torch.equal(torch.full((2,), 5) * gone + 7 * (1 - gone), torch.full((2,), 7))

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from sleepify.card import renewed
 from sleepify.files import written_beside
 from sleepify.training.arguments import SleepTrainingArguments
 from sleepify.training.data import SleepCollator
@@ -55,27 +56,37 @@ def fit(trainer: SleepTrainer) -> Spent:
     started, cpu_started = time.perf_counter(), time.process_time()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-    trainer.save_model()
+    # What is pushed, if anything, is pushed with the notes.
+    trainer.save_model(_internal_call=True)
     return Spent(trainer.state.global_step, seconds, cpu_seconds)
 
 
-def write_notes(model: Any, output: Path, tokenizer: Any, has_adapters: bool, notes: Mapping[str, Any]) -> None:
-    """JSON files beside the model, and beside the one with its adapters folded in, which anything can load.
+def write_notes(trainer: SleepTrainer, tokenizer: Any, has_adapters: bool, notes: Mapping[str, Any]) -> None:
+    """JSON files beside the model, and beside the one with its adapters folded in, which anything can load; then all of
+    it is pushed, if that was asked for. In a distributed run every rank must call this.
 
     Args:
-        model: trained, and saved already.
-        output: its folder.
+        trainer: whose model is trained, and saved already.
         tokenizer: the model's, if it has one.
         has_adapters: whether LoRA's are on it.
         notes: what each file holds.
     """
-    folders = [output]
-    if has_adapters:
-        model.merge_and_unload().save_pretrained(output / MERGED)
-        folders.append(output / MERGED)
+    output = str(trainer.args.output_dir)
+    if trainer.is_world_process_zero():
+        _write(output, notes)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    if has_adapters and trainer.is_world_process_zero():
+        model: Any = trainer.model
+        merged = str(Path(output) / MERGED)
+        model.merge_and_unload().save_pretrained(merged)
         if isinstance(tokenizer, PreTrainedTokenizerBase):
-            tokenizer.save_pretrained(output / MERGED)
-    for folder in folders:
+            tokenizer.save_pretrained(merged)
+        _write(merged, notes)
+
+
+def _write(folder: str, notes: Mapping[str, Any]) -> None:
+    with renewed(Path(folder), folder):
         for name, content in notes.items():
-            with written_beside(folder / name) as draft:
+            with written_beside(Path(folder) / name) as draft:
                 draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -30,7 +30,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from sleepify.loss import PIECE, Asked
 from sleepify.memory import Memory
@@ -116,6 +115,11 @@ class Objectives:
         if arguments.distill:
             name = arguments.distill_teacher
             self._teacher = own_teacher(model) if name is None else Teacher.load(name, model)
+
+    @property
+    def tells_last_sleeps(self) -> bool:
+        """Whether a row's last sleep is another matter than those before it, so that ranks must agree which it is."""
+        return self.arguments.pass_loss != "none"
 
     # --- batches ---------------------------------------------------------------------------------------------------
 
@@ -317,7 +321,7 @@ def objectives_of(
     """The losses that are asked for; None for the model's own.
 
     Raises:
-        ValueError: if they are asked of a model that does not sleep, do not fit it, or meet ZeRO-3.
+        ValueError: if they are asked of a model that does not sleep, or do not fit it.
     """
     given = arguments.objectives()
     if not given and criterion is None:
@@ -326,12 +330,6 @@ def objectives_of(
         asked = sorted(given) or ["criterion"]
         raise ValueError(
             f"expected a model that sleeps for {', '.join(asked)}, got {type(model).__name__}; leave them out"
-        )
-    if is_deepspeed_zero3_enabled():
-        # Measured: ranks come to differ in their calls of submodules, which ZeRO-3 alone looks at.
-        asked = sorted(given) or ["criterion"]
-        raise ValueError(
-            f"expected DDP, FSDP or ZeRO-2 with {', '.join(asked)}, got ZeRO-3; choose another launch file"
         )
     return Objectives(arguments, sleeping_model(model), arguments.seed, criterion)
 

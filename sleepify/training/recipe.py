@@ -160,8 +160,8 @@ def run(name: str | None = None, argv: Sequence[str] | None = None, description:
     report = test(recipe.test.test_examples)
     if trainer.is_world_process_zero():
         write_report(report, output / REPORT)
-        described = {"recipe": recipe.name, "task": asdict(recipe.task), "tokenizer": recipe.model.tokenizer}
-        write_notes(model, output, tokenizer, bool(recipe.model.lora_r), {TASK: described})
+    described = {"recipe": recipe.name, "task": asdict(recipe.task), "tokenizer": recipe.model.tokenizer}
+    write_notes(trainer, tokenizer, bool(recipe.model.lora_r), {TASK: described})
     return Result(report, spent, curve=curve.points)
 
 

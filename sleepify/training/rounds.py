@@ -59,7 +59,7 @@ class Calls:
         return np.concatenate([awake, ending])
 
 
-def equalise(batch: dict[str, Any], window_size: int, truncated: bool, every: bool = False) -> dict[str, Any]:
+def equalise(batch: dict[str, Any], window_size: int, apart: bool, every: bool = False) -> dict[str, Any]:
     """The batch, with rows of padding added so that the model calls its layers as on all other ranks.
 
     A collective: every rank calls it with its own batch.
@@ -67,8 +67,8 @@ def equalise(batch: dict[str, Any], window_size: int, truncated: bool, every: bo
     Args:
         batch: ``input_ids``, ``labels``, ``attention_mask`` if rows are padded, and what else there is of [B, T].
         window_size: L.
-        truncated: whether gradient flows through the last sleeps of a row only, so that rows that end in different
-            rounds sleep in different groups.
+        apart: whether rows that end in different rounds are different matters: gradient flows through the last sleeps
+            of a row only, so that they sleep in different groups, or something is asked of the last sleep alone.
         every: whether logits are asked of all tokens, and not only the loss.
 
     Returns:
@@ -102,8 +102,9 @@ def equalise(batch: dict[str, Any], window_size: int, truncated: bool, every: bo
     awake_anywhere, ends_anywhere = union.bool().cpu().numpy().reshape(2, n_rounds)
     awake_here, ends_here = mine.signature(n_rounds).reshape(2, n_rounds)
 
-    matters = ends_anywhere if truncated else np.arange(n_rounds) == n_rounds - 1
-    extra = (matters & ~ends_here).nonzero()[0].tolist()
+    matters = ends_anywhere if apart else np.arange(n_rounds) == n_rounds - 1
+    # Where nobody is asked anything, a token each: gradient, though it is 0, must come from somewhere.
+    extra = (matters & ~ends_here).nonzero()[0].tolist() if n_rounds else [0]
     ends = [*mine.ends.tolist(), *extra]
     lengths = [end * window_size + 1 for end in extra]
     width = max([ids.shape[1], *lengths])

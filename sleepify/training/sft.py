@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
@@ -40,7 +39,6 @@ def run(recipe: Recipe, data: DatasetArguments) -> tuple[Spent, dict[str, Any]]:
         ValueError: for a model or a setting that cannot be.
     """
     training = recipe.training
-    output = Path(str(training.output_dir))
     if recipe.test.test_window_sizes is not None:
         raise ValueError("expected test_window_sizes to be left out: distances are told by the model's own window")
     if data.streaming and training.max_steps <= 0:
@@ -65,18 +63,17 @@ def run(recipe: Recipe, data: DatasetArguments) -> tuple[Spent, dict[str, Any]]:
     results = describe(recipe, text, window_size) | asdict(spent)
     if text.held_out is not None:
         results |= _test(recipe, trainer.model_wrapped, text.held_out, window_size, pad_token(tokenizer))
+    described = {
+        "recipe": recipe.name,
+        "task": asdict(data),
+        # A tokenizer of transformers is saved with the model, its chat template too.
+        "tokenizer": None if isinstance(tokenizer, PreTrainedTokenizerBase) else recipe.model.tokenizer,
+        "seed": training.seed,
+        "window_size": window_size,
+        "held_out": None if text.held_out is None else text.held_out.digest(),
+    }
+    write_notes(trainer, tokenizer, bool(recipe.model.lora_r), {RESULTS: results, TASK: described})
     if trainer.is_world_process_zero():
-        described = {
-            "recipe": recipe.name,
-            "task": asdict(data),
-            # A tokenizer of transformers is saved with the model, its chat template too.
-            "tokenizer": None if isinstance(tokenizer, PreTrainedTokenizerBase) else recipe.model.tokenizer,
-            "seed": training.seed,
-            "window_size": window_size,
-            "held_out": None if text.held_out is None else text.held_out.digest(),
-        }
-        notes = {RESULTS: results, TASK: described}
-        write_notes(model, output, tokenizer, bool(recipe.model.lora_r), notes)
         print(table(results))
     return spent, results
 

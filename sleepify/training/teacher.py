@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations import deepspeed
 
 from sleepify.hosts import Host, host_class
 from sleepify.memory import Memory
@@ -30,13 +31,14 @@ class Teacher:
 
     @classmethod
     def load(cls, name: str, student: SleepForCausalLM) -> Teacher:
-        """Another base by name, in the dtype and on the device of the student.
+        """Another base by name, in the dtype and on the device of the student; whole in every process.
 
         Raises:
             ValueError: for a model that sleeps, or one with another vocabulary.
         """
         like = next(student.parameters())
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=like.dtype)
+        with _not_partitioned():
+            model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=like.dtype)
         if isinstance(model, SleepForCausalLM):
             raise ValueError(f"expected distill_teacher to be a base that keeps its context, got {name}, which sleeps")
         theirs, ours = model.config.get_text_config().vocab_size, student.config.text_config.vocab_size
@@ -82,6 +84,18 @@ class Teacher:
         """Logits [m, V] of hidden states [m, D]."""
         with self.alone():
             return self.host.logits(hidden)
+
+
+@contextmanager
+def _not_partitioned() -> Iterator[None]:
+    """Load models as they are under ZeRO-3 too, which would spread their weights over the processes, where only the
+    model that is trained has hooks to gather them."""
+    held = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = held
 
 
 def own_teacher(model: SleepForCausalLM) -> Teacher:

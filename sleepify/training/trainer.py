@@ -19,7 +19,7 @@ import torch
 from accelerate.utils import TorchDynamoPlugin
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from sleepify.config import SleepConfig
@@ -32,6 +32,7 @@ from sleepify.training.data import SleepCollator, TaskDataset
 from sleepify.training.norms import not_finite, state_norms
 from sleepify.training.objectives import SUPERVISED, Criterion, objectives_of, sleeping_model
 from sleepify.training.optim import build_optimizer, idle_layers
+from sleepify.training.pushing import SleepPushes
 from sleepify.training.rounds import equalise, restore
 from sleepify.training.runs import describe_run, read_manifest, remove_drafts, whole_or_not_at_all, write_manifest
 from sleepify.training.stopping import StopRequest
@@ -53,7 +54,7 @@ def loops_of_step(schedule: Sequence[int], seed: int, step: int) -> int:
     return Random(f"{seed}/{step}").choice(schedule)
 
 
-class SleepTrainer(Trainer):
+class SleepTrainer(SleepPushes):
     """Trains a `SleepForCausalLM` (or a peft model around one), or a plain model that it is compared with.
 
     Args:
@@ -159,7 +160,8 @@ class SleepTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         items = super()._get_num_items_in_batch(batch_samples, device)
         if self._objectives is None or not batch_samples:
-            return items
+            # A step without a label has a loss of 0.
+            return items.clamp(min=1) if isinstance(items, Tensor) else items
         self._counts = self._objectives.count(batch_samples).to(device)
         if self.args.world_size > 1 and self.args.average_tokens_across_devices:
             self._counts = self.accelerator.reduce(self._counts, "sum")
@@ -189,8 +191,8 @@ class SleepTrainer(Trainer):
             counts = objectives.count([inputs]) if num_items_in_batch is None or counts is None else counts
         given, sharded = inputs, (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self.args.world_size > 1
         if self._sleeps and sharded and "labels" in inputs:
-            truncated = self._config.backprop_windows is not None
-            inputs = equalise(inputs, self._config.window_size, truncated, every)
+            apart = self._config.backprop_windows is not None or (objectives and objectives.tells_last_sleeps)
+            inputs = equalise(inputs, self._config.window_size, bool(apart), every)
         with ExitStack() as stack:
             if model.training and self._sleeps and self._logs_after_this_step():
                 self._state_norms = stack.enter_context(state_norms(sleeping_model(model)))
@@ -339,6 +341,7 @@ class SleepTrainer(Trainer):
                 self._draft_directory = None
             unlogged = self._unlogged_loss()
             if self.args.should_save:
+                self.name_card(draft / final.name, final)
                 self._name_best_checkpoint(run_directory)
                 self.state.save_to_json(str(draft / final.name / "trainer_state.json"))
                 progress = {
@@ -351,7 +354,7 @@ class SleepTrainer(Trainer):
                 write_manifest(draft / final.name, self._run, progress)
         self._name_best_checkpoint(run_directory)
         if self.args.push_to_hub:
-            super()._push_from_checkpoint(str(final))
+            self.push_checkpoint(final)
         if self.args.should_save:
             rotate_checkpoints(
                 str(run_directory), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
@@ -361,9 +364,6 @@ class SleepTrainer(Trainer):
         if self._draft_directory is not None:
             return str(self._draft_directory)
         return super()._get_output_dir(trial)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Nothing: a draft is not pushed, `_save_checkpoint` pushes what has become of it."""
 
     def _name_best_checkpoint(self, run_directory: Path) -> None:
         """By its place in the run directory, not in the draft."""

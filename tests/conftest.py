@@ -32,6 +32,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def no_deepspeed_left_behind() -> Iterator[None]:
     """transformers keeps the last DeepSpeed configuration in a global, and models built later would heed it."""

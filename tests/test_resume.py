@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import os
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import Program, in_a_fork
 from safetensors.torch import load_file
 from test_training import build, losses, sleeping
-from training_runs import die_within_the_final_save, in_a_fork
+from training_runs import die_within_the_final_save
 from transformers import TrainerCallback
 
 from sleepify import CheckpointError
@@ -23,10 +22,8 @@ from sleepify.training import TaskDataset
 
 def deaths(directory, *options):
     script = Path(__file__).parent / "training_runs.py"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{script.parent}{os.pathsep}{script.parents[1]}"}
-    command = [sys.executable, str(script), str(directory), *options]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
+    program = Program.script(script, [str(directory), *options], directory / "log", directory)
+    assert program.wait() == 0, program.said()
     results = json.loads((directory / "results.json").read_text())
     whole = results.pop("whole")
     assert len(whole["logs"]) == 2

@@ -85,6 +85,12 @@ class Program:
         """All so far."""
         return self.output.read_text(encoding="utf-8", errors="replace")
 
+    def poll(self) -> int | None:
+        """What it ended with; None while it runs."""
+        if self.code is None:
+            self.code = _ended(self.pid)
+        return self.code
+
     def wait(self, seconds: float = 300) -> int:
         """What it ended with."""
         if self.code is None:
@@ -93,7 +99,7 @@ class Program:
 
     def kill(self) -> None:
         """At once, with all that it started, if it has not ended."""
-        if self.code is None:
+        if self.poll() is None:
             os.killpg(self.pid, signal.SIGKILL)
             self.wait()
 
@@ -106,11 +112,15 @@ def ended(pid: int, seconds: float) -> int:
     """
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
+        if (code := _ended(pid)) is not None:
+            return code
         time.sleep(0.02)
     raise TimeoutError(f"process {pid} has not ended in {seconds} s")
+
+
+def _ended(pid: int) -> int | None:
+    done, status = os.waitpid(pid, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if done else None
 
 
 def on_two_ranks(work: Callable[[], Any], folder: Path, seconds: float = 500) -> None:

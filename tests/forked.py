@@ -123,8 +123,11 @@ def _ended(pid: int) -> int | None:
     return os.waitstatus_to_exitcode(status) if done else None
 
 
-def on_two_ranks(work: Callable[[], Any], folder: Path, seconds: float = 500) -> None:
-    """Do something in two processes that torch.distributed and Accelerate take for the ranks of a run."""
+def on_two_ranks(work: Callable[[], Any], folder: Path, seconds: float = 1500) -> None:
+    """Do something in two processes that torch.distributed and Accelerate take for the ranks of a run.
+
+    When one fails, the other is not waited for.
+    """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -140,9 +143,10 @@ def on_two_ranks(work: Callable[[], Any], folder: Path, seconds: float = 500) ->
 
         return run
 
-    ranks = [Program(of(rank), folder / f"{rank}.log", folder) for rank in range(2)]
+    ranks, end = [Program(of(rank), folder / f"{rank}.log", folder) for rank in range(2)], time.monotonic() + seconds
     try:
-        codes = [rank.wait(seconds) for rank in ranks]
+        while None in (codes := [rank.poll() for rank in ranks]) and not any(codes) and time.monotonic() < end:
+            time.sleep(0.02)
     finally:
         for rank in ranks:
             rank.kill()

@@ -62,14 +62,15 @@ class Program:
     def __init__(self, work: Callable[[], Any], output: Path, folder: Path) -> None:
         self.output, self.code = output, None
         sys.stdout.flush()
-        self.pid = os.fork()
-        if self.pid == 0:
-            os.setsid()
-            file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            for fd in (1, 2):
-                os.dup2(file, fd)
-            at_home(folder)
-            end_with(work)
+        # Opened here, so that it is there as soon as somebody looks.
+        with open(output, "wb") as file:
+            self.pid = os.fork()
+            if self.pid == 0:
+                os.setsid()
+                for fd in (1, 2):
+                    os.dup2(file.fileno(), fd)
+                at_home(folder)
+                end_with(work)
 
     @classmethod
     def script(cls, path: Path, words: list[str], output: Path, folder: Path) -> Program:

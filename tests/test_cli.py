@@ -191,12 +191,15 @@ def test_ctrl_c_reaches_the_training_behind_the_launcher_which_waits_for_it(tmp_
     """A terminal tells everyone in the foreground: the command, the launcher and the training."""
     words = ["train", "rule110_tiny", "--accelerate", "cpu", "--output_dir", "out", "--max_steps", "100000", *TINY]
     run = Program(lambda: cli.main(words), tmp_path / "log", tmp_path)
-    end = time.monotonic() + 300
-    while "'loss'" not in run.said():
-        assert time.monotonic() < end, run.said()
-        time.sleep(0.1)
-    os.killpg(run.pid, signal.SIGINT)
-    assert run.wait() != 0
+    try:
+        end = time.monotonic() + 300
+        while "'loss'" not in run.said():
+            assert time.monotonic() < end, run.said()
+            time.sleep(0.1)
+        os.killpg(run.pid, signal.SIGINT)
+        assert run.wait() != 0
+    finally:
+        run.kill()
     said = run.said()
     assert "stopping after this step, with a checkpoint" in said and "Traceback" not in said, said
     # The command comes back when all is saved, not before.

@@ -33,9 +33,10 @@ help:
 demo: $(call READY,run)
 	@$(PYTHON) examples/demo.py $(ARGS)
 
-# Tiny models are fastest on one thread each; two workers fill two cores.
+# Tiny models are fastest on one thread each; two workers fill two cores. Each begins with a half of the files, so that
+# what the tests of a file share is made once.
 test: $(call READY,test)
-	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 $(ARGS)
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-slow: $(call READY,test)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -m slow $(ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "flow(name): a row of docs/compatibility.md; see benchmarks/flows.py")
     if (path := config.getoption("--flows")) is not None:
         config.pluginmanager.register(flows.Recorder(path.absolute()))
+
+
+def pytest_collection_finish() -> None:
+    # Trainers collect garbage after every run, and each time look at all that torch and transformers are made of.
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -150,5 +150,15 @@ def true_float64() -> Iterator[None]:
         kwargs = {name: torch.float64 if value is torch.float32 else value for name, value in kwargs.items()}
         return to(self, *args, **kwargs)
 
-    with patch.object(torch.Tensor, "to", widened), patch.object(torch.Tensor, "float", torch.Tensor.double):
+    softmax = torch.nn.functional.softmax
+
+    def wide_softmax(*args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> torch.Tensor:
+        return softmax(*args, dtype=torch.float64 if dtype is torch.float32 else dtype, **kwargs)
+
+    with (
+        patch.object(torch.Tensor, "to", widened),
+        patch.object(torch.Tensor, "float", torch.Tensor.double),
+        # Eager attention and routers.
+        patch.object(torch.nn.functional, "softmax", wide_softmax),
+    ):
         yield

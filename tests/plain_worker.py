@@ -1,7 +1,5 @@
 """What each process runs of a training by transformers' own Trainer; losses into a file.
 
-    python plain_worker.py DIRECTORY     (torch's RANK, WORLD_SIZE ... in the environment)
-
 Under DDP it trains. With layers sharded by FSDP2, where ranks would wait for each other, a call must be refused on
 every rank, so that both processes come to their end.
 """
@@ -10,10 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from families import tokens
 from small import trainable
@@ -69,9 +65,9 @@ def refused() -> str:
     return "nothing"
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    found = run(Path(sys.argv[1]), int(os.environ["WORLD_SIZE"]))
+def run_both(directory: Path) -> None:
+    """As one of the ranks."""
+    found = run(directory, int(os.environ["WORLD_SIZE"]))
     said = refused()
-    (Path(sys.argv[1]) / f"{dist.get_rank()}.json").write_text(json.dumps([found, said]))
+    (directory / f"{dist.get_rank()}.json").write_text(json.dumps([found, said]))
     dist.destroy_process_group()

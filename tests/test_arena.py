@@ -82,7 +82,7 @@ STEP = st.one_of(
 )
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(program=st.lists(STEP, min_size=4, max_size=12), seed=st.integers(0, 99))
 def test_whatever_is_done_with_a_session_the_values_are_the_same(model, program, seed):
     draw = torch.Generator().manual_seed(seed)
@@ -295,9 +295,9 @@ def test_no_token_copies_what_is_there(eviction, rows):
     counts = {}
     for fixed in (True, False):
         cache = SleepCache(fixed_shapes=fixed)
-        model(tokens(rows, 203), past_key_values=cache)
+        model(tokens(rows, 300), past_key_values=cache, logits_to_keep=1)
         counts[fixed] = []
-        for t in range(120):
+        for t in range(20):
             with Written() as written:
                 model(tokens(rows, 1, seed=t), past_key_values=cache, logits_to_keep=1)
             counts[fixed].append(written)

@@ -10,7 +10,21 @@ import pytest
 import torch
 from tolerances import EXACT, EXACT_GRAD, assert_close
 
-from benchmarks import cells, compiled, gpu, memory, models, operations, pauses, report, sessions, train, wake
+from benchmarks import (
+    cells,
+    compiled,
+    full_size,
+    gpu,
+    memory,
+    models,
+    operations,
+    pauses,
+    report,
+    sessions,
+    train,
+    wake,
+)
+from sleepify import SleepForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 ON_CPU = {"wake": wake, "train": train, "memory": memory, "operations": operations, "compiled": compiled} | {
@@ -27,7 +41,21 @@ def threads():
 
 
 @pytest.mark.parametrize("name", ON_CPU)
-def test_every_script_runs_and_writes_its_page(name, tmp_path, capsys):
+def test_every_script_runs_and_writes_its_page(name, tmp_path, capsys, monkeypatch):
+    # Compiling takes as long as all else here; what it gives and shares is tested with the model itself.
+    asked = []
+    monkeypatch.setattr(SleepForCausalLM, "compile", lambda self, **keywords: asked.append(keywords))
+    monkeypatch.setattr(compiled, "n_graphs", lambda: 7)
+    check_page(name, tmp_path, capsys)
+    assert asked == ([{"backend": "eager"}] * 2 if name == "compiled" else [])
+
+
+@pytest.mark.slow
+def test_the_page_about_compiling_compiles(tmp_path, capsys):
+    check_page("compiled", tmp_path, capsys)
+
+
+def check_page(name, tmp_path, capsys):
     page = tmp_path / f"{name}.md"
     repeats = [] if name == "memory" else ["--repeats", "1"]
     parts = ON_CPU[name].main(["--tiny", "--output", str(page), *repeats])
@@ -47,6 +75,11 @@ def test_make_bench_runs_every_cpu_script():
 
 
 def test_the_gpu_script_runs_without_a_gpu_and_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
+    # The published models but for their depth.
+    for name, depth in (("ouro_1.4b", 4), ("jet_nemotron_2b", 6)):
+        fields = full_size.PUBLISHED[name]
+        types = {"layer_types": fields["layer_types"][12 : 12 + depth]} if "layer_types" in fields else {}
+        monkeypatch.setitem(full_size.PUBLISHED, name, fields | {"num_hidden_layers": depth} | types)
     page = tmp_path / "gpu.md"
     given = ["--device", "cpu", "--tiny", "--output", str(page), "--repeats", "1", "--batches", "1"]
 

@@ -7,14 +7,14 @@ import os
 import pty
 import re
 import select
-import subprocess
-import sys
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import talking
+from forked import at_home, end_with, ended
 
 from sleepify import Session
 from sleepify.cli import chat
@@ -33,13 +33,10 @@ class Terminal:
     """A pseudo-terminal with a program in it."""
 
     def __init__(self, words: list[str], cwd: Path) -> None:
-        self.fd, theirs = pty.openpty()
-        environment = os.environ | {"TERM": "xterm", "COLUMNS": "200", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-        self.program = subprocess.Popen(
-            words, stdin=theirs, stdout=theirs, stderr=theirs, cwd=cwd, env=environment, start_new_session=True,
-            preexec_fn=_own_terminal,
-        )  # fmt: skip
-        os.close(theirs)
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            at_home(cwd, {"TERM": "xterm", "COLUMNS": "200", "HF_HUB_OFFLINE": "1"})
+            end_with(lambda: chat.main(words))
         self.shown, self.decoder = "", codecs.getincrementaldecoder("utf-8")()
 
     def type(self, line: str) -> None:
@@ -60,23 +57,21 @@ class Terminal:
         before, self.shown = self.shown[: found.end()], self.shown[found.end() :]
         return before
 
+    def wait(self) -> int:
+        """What the program ends with."""
+        code, self.pid = ended(self.pid, PATIENCE), 0
+        return code
+
     def close(self) -> None:
-        self.program.kill()
-        self.program.wait()
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait()
         os.close(self.fd)
-
-
-def _own_terminal() -> None:
-    import fcntl
-    import termios
-
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C reaches it
 
 
 @pytest.fixture
 def terminal(folder, tmp_path) -> Iterator[Terminal]:
-    code = "from sleepify.cli.chat import main; raise SystemExit(main())"
-    opened = Terminal([sys.executable, "-c", code, str(folder), "--max-new-tokens", "9"], tmp_path)
+    opened = Terminal([str(folder), "--max-new-tokens", "9"], tmp_path)
     yield opened
     opened.close()
 
@@ -132,14 +127,11 @@ def test_a_person_talks_with_it(terminal, folder, tmp_path):
     terminal.type("/sleep soon")
     assert "expected a number of passes after /sleep, or nothing, got soon" in terminal.until(PROMPT)
     terminal.type("/quit")
-    assert terminal.program.wait(PATIENCE) == 0
+    assert terminal.wait() == 0
 
 
 def test_an_answer_that_is_stopped_did_not_happen(folder, tmp_path):
-    code = "from sleepify.cli.chat import main; raise SystemExit(main())"
-    terminal = Terminal(
-        [sys.executable, "-c", code, str(folder), "--max-new-tokens", "100000", "--temperature", "9"], tmp_path
-    )
+    terminal = Terminal([str(folder), "--max-new-tokens", "100000", "--temperature", "9"], tmp_path)
     try:
         before = re.search(STATUS, terminal.until(PROMPT)).groups()
         terminal.type("who had a bed?")
@@ -147,7 +139,7 @@ def test_an_answer_that_is_stopped_did_not_happen(folder, tmp_path):
         os.write(terminal.fd, b"\x03")
         assert re.search(STATUS, terminal.until(PROMPT)).groups() == before
         os.write(terminal.fd, b"\x04")
-        assert terminal.program.wait(PATIENCE) == 0
+        assert terminal.wait() == 0
     finally:
         terminal.close()
 

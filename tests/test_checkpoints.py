@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -193,22 +191,6 @@ def test_a_full_disk_leaves_what_was_there(base_dir, tmp_path, monkeypatch, alon
 
 
 # --- elsewhere
-
-
-def test_without_sleepify_a_checkpoint_fails_instead_of_loading_the_base(base_dir, tmp_path):
-    model = sleeping(AutoModelForCausalLM.from_pretrained(base_dir))
-    model.save_pretrained(tmp_path / "whole")
-    model.save_pretrained(tmp_path / "small", fast_weights_only=True)
-    code = (
-        "import sys\nfrom transformers import AutoModelForCausalLM\n"
-        "for path in sys.argv[1:]:\n"
-        "    try:\n        AutoModelForCausalLM.from_pretrained(path)\n"
-        "    except ValueError as error:\n        assert 'sleepify' in str(error), error\n"
-        "    else:\n        raise SystemExit('loaded')\n"
-    )
-    paths = [str(tmp_path / "whole"), str(tmp_path / "small")]
-    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_card_says_what_it_is(tmp_path):

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from forked import Program, in_a_fork
 from small import sleeping
-from training_runs import Die, build_trainer, in_a_fork
+from training_runs import Die, build_trainer
 from transformers import TrainerCallback
 
 from sleepify import cli
@@ -25,12 +26,18 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--test_examples", "2", "--use_cpu", "--disable_tqdm"]
 
 
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "out"
+    assert cli.main(["train", "rule110_tiny", "--output_dir", str(folder), "--max_steps", "1", *TINY]) == 0
+    return folder
+
+
 @pytest.fixture
-def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def trained(trained_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What `sleepify train rule110_tiny` leaves."""
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["train", "rule110_tiny", "--output_dir", "out", "--max_steps", "1", *TINY]) == 0
-    return tmp_path / "out"
+    return Path(shutil.copytree(trained_once, tmp_path / "out"))
 
 
 def test_every_command_is_listed_and_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,10 +140,10 @@ def test_help_has_a_heading_per_topic_and_every_field_once(capsys: pytest.Captur
 
 def test_the_launcher_runs_the_recipe_in_processes_of_its_own(tmp_path: Path) -> None:
     words = ["train", "rule110_tiny", "--accelerate", "cpu", "--output_dir", "out", "--max_steps", "1", *TINY]
-    run = subprocess.run([sys.executable, "-m", "sleepify", *words], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    run = Program(lambda: cli.main(words), tmp_path / "log", tmp_path)
+    assert run.wait() == 0, run.said()
     assert (tmp_path / "out" / "report.json").exists()
-    assert "accelerate launch started one process, on cpu" in run.stderr
+    assert "accelerate launch started one process, on cpu" in run.said()
 
 
 @pytest.mark.parametrize("world_size, by_accelerate, said", [(1, True, True), (1, False, False), (2, True, False)])
@@ -183,18 +190,18 @@ def test_latest_begins_a_run_and_goes_on_with_it(tmp_path: Path, caplog: pytest.
 def test_ctrl_c_reaches_the_training_behind_the_launcher_which_waits_for_it(tmp_path: Path) -> None:
     """A terminal tells everyone in the foreground: the command, the launcher and the training."""
     words = ["train", "rule110_tiny", "--accelerate", "cpu", "--output_dir", "out", "--max_steps", "100000", *TINY]
-    command = [sys.executable, "-u", "-m", "sleepify", *words]
-    with subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as run:
-        assert run.stdout is not None and run.stderr is not None
-        for line in run.stdout:
-            if "'loss'" in line:
-                break
+    run = Program(lambda: cli.main(words), tmp_path / "log", tmp_path)
+    try:
+        end = time.monotonic() + 300
+        while "'loss'" not in run.said():
+            assert time.monotonic() < end, run.said()
+            time.sleep(0.1)
         os.killpg(run.pid, signal.SIGINT)
-        said, errors = run.communicate(timeout=120)
-    assert "stopping after this step, with a checkpoint" in said
-    assert run.returncode != 0 and "Traceback" not in errors, errors
+        assert run.wait() != 0
+    finally:
+        run.kill()
+    said = run.said()
+    assert "stopping after this step, with a checkpoint" in said and "Traceback" not in said, said
     # The command comes back when all is saved, not before.
     (saved,) = (tmp_path / "out").iterdir()
     assert re.fullmatch(r"checkpoint-\d+", saved.name) and (saved / "sleep_run.json").exists()

@@ -104,7 +104,7 @@ def test_causal_conv1d_is_one_operation(with_bias: bool, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("rule, called", [("gdn", "chunk"), ("mamba2", "gla")])
 def test_an_inserted_layer_compiles_without_breaks(rule: str, called: str, monkeypatch: pytest.MonkeyPatch) -> None:
     packages = Packages(monkeypatch)
-    base = tiny_base("qwen3", torch.bfloat16)
+    base = tiny_base("qwen3", torch.bfloat16, num_hidden_layers=1)
     model = sleepify(base, n_loops=1, window_size=4, fast_weights=FastWeightConfig(rule=rule, layers=[0]))
     randomise(model.fast_weights)
     twin, ids = copy.deepcopy(model), tokens(2, 8)

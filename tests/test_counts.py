@@ -7,7 +7,6 @@ who makes something cheaper lowers them.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -32,13 +31,26 @@ STEP = 'training step, one window and a rest, N = {}, "{}"'
 FURTHER, UPDATE = 'further window of it, N = 2, "loop"', "optimiser's step, Muon"
 
 
-def counted(model: str, *parts: str) -> dict[str, dict]:
-    """By what is done, see benchmarks/counts.py; in a process of its own, in which there is a CUDA device on paper."""
-    command = [sys.executable, "-m", "benchmarks.counts", "--json", "--models", model, "--parts", *parts]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def variables(tmp_path_factory) -> dict[str, str]:
+    """Of a process in which there is a CUDA device on paper."""
+    return environment(tmp_path_factory.mktemp("card"))
+
+
+def said(variables: dict[str, str], code: str) -> str:
+    child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=variables, capture_output=True, text=True)
     assert child.returncode == 0, child.stdout + child.stderr
-    return json.loads(child.stdout.splitlines()[-1])[model]
+    return child.stdout
+
+
+def counting(model: str, *parts: str) -> str:
+    """Code that prints what is counted; see benchmarks/counts.py."""
+    return f"from benchmarks.counts import main; main({['--json', '--models', model, '--parts', *parts]!r})"
+
+
+def read_counts(printed: str, model: str) -> dict[str, dict]:
+    """By what is done."""
+    return json.loads(printed.splitlines()[-1])[model]
 
 
 def check(model: str, found: dict[str, dict]) -> None:
@@ -117,21 +129,27 @@ print("well counted")
 """
 
 
-def test_what_is_asked_of_a_card_on_paper(tmp_path):
-    child = subprocess.run(
-        [sys.executable, "-c", ON_PAPER], env=environment(tmp_path), cwd=ROOT, capture_output=True, text=True
-    )
-    assert child.stdout.strip() == "well counted", child.stderr
+@pytest.fixture(scope="module")
+def printed(variables) -> str:
+    """By one process, which takes as long to start as to count."""
+    return said(variables, ON_PAPER + counting("ouro_1.4b", "read", "decode"))
 
 
-def test_a_prompt_and_a_token_of_ouro_at_full_size():
-    check("ouro_1.4b", counted("ouro_1.4b", "read", "decode"))
+def test_what_is_asked_of_a_card_on_paper(printed):
+    assert printed.splitlines()[0] == "well counted"
+
+
+def test_a_prompt_and_a_token_of_ouro_at_full_size(printed):
+    found = read_counts(printed, "ouro_1.4b")
+    assert found.keys() == {WINDOW, TOKEN}
+    check("ouro_1.4b", found)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", BOUNDS)
-def test_sleep_and_training_at_full_size(model):
-    found = counted(model, "read", "sleep", "decode", "step", "train", "optimise")
+def test_sleep_and_training_at_full_size(model, variables):
+    printed = said(variables, counting(model, "read", "sleep", "decode", "step", "train", "optimise"))
+    found = read_counts(printed, model)
     assert found.keys() == BOUNDS[model].keys()
     check(model, found)
 

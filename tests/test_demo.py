@@ -18,15 +18,17 @@ from sleepify import SleepForCausalLM
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_quick_demo_trains_tests_saves_answers_and_measures(tmp_path: Path) -> None:
+@pytest.mark.parametrize("script", ["tests/quick_demo.py", pytest.param("examples/demo.py", marks=pytest.mark.slow)])
+def test_quick_demo_trains_tests_saves_answers_and_measures(script: str, tmp_path: Path) -> None:
     output = tmp_path / "out" / "demo"
     home = tmp_path / "home"
     home.mkdir()
+    paths = [str(ROOT), str(ROOT / "examples"), os.environ.get("PYTHONPATH", "")]
     told = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_"))}
     run = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "demo.py"), "--quick", "--output", str(output)],
+        [sys.executable, str(ROOT / script), "--quick", "--output", str(output)],
         cwd=tmp_path,
-        env=told | {"HOME": str(home), "COLUMNS": "100"},
+        env=told | {"HOME": str(home), "COLUMNS": "100", "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
     )

@@ -7,17 +7,13 @@ step have different windows to sleep on.
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
-from distributed_worker import run
+from distributed_worker import run, run_all
 from families import tokens, true_float64
+from forked import on_two_ranks
 from small import trainable
 from tolerances import DISTRIBUTED, DISTRIBUTED_MUON, EXACT_GRAD, assert_close
 
@@ -74,29 +70,7 @@ MODES = {"ddp": {}, "fsdp2": FSDP, "zero2": zero(2), "zero3": zero(3)}
 
 def on_two_processes(directory, scenarios):
     """What two processes make of the scenarios, one after the other."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    script = Path(__file__).parent / "distributed_worker.py"
-    environment = os.environ | {"PYTHONPATH": f"{script.parent}{os.pathsep}{script.parents[1]}"}
-    environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    # DeepSpeed compiles its Muon with torch.compile, which takes longer than these five steps.
-    environment |= {"TORCHDYNAMO_DISABLE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    command = [sys.executable, str(script), str(directory), json.dumps(scenarios)]
-    logs = [directory / f"{rank}.log" for rank in range(2)]
-    processes = []
-    try:
-        for rank, log in enumerate(logs):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            with open(log, "w") as output:
-                processes.append(
-                    subprocess.Popen(command, env=environment | own, stdout=output, stderr=subprocess.STDOUT)
-                )
-        codes = [process.wait(timeout=1500) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert not any(codes), "\n".join(log.read_text()[-3000:] for log in logs)
+    on_two_ranks(lambda: run_all(directory, scenarios), directory)
     return json.loads((directory / "results.json").read_text())
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from families import randomise, tiny_base, tokens
+from forked import in_a_fork
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -258,19 +257,22 @@ def same(first, second):
 def test_a_process_that_dies_between_renames(old, tmp_path):
     """The same with a process that is gone, and a next one that saves to the same place."""
     old.save_pretrained(tmp_path / "kept", **SHARDED)
-    script = (
-        "import os, sys, torch\nfrom test_integrity import SHARDED, sleeping\n"
-        "model = sleeping(n_loops=3)\nfor p in model.parameters():\n    p.data += 0.25\n"
-        "real, count = os.replace, 0\n"
-        "def replace(*args):\n    global count\n    count += 1\n"
-        "    os._exit(9) if count == 5 else real(*args)\n"
-        "os.replace = replace\nmodel.save_pretrained(sys.argv[1], **SHARDED)\n"
-    )
-    # It imports what this test does.
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", script, str(tmp_path / "kept")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 9, done.stderr
+
+    def die_in_the_fifth_rename():
+        model = sleeping(n_loops=3)
+        for p in model.parameters():
+            p.data += 0.25
+        real, count = os.replace, 0
+
+        def replace(*args):
+            nonlocal count
+            count += 1
+            os._exit(9) if count == 5 else real(*args)
+
+        os.replace = replace
+        model.save_pretrained(tmp_path / "kept", **SHARDED)
+
+    assert in_a_fork(die_in_the_fifth_rename) == 9
     with pytest.raises(CheckpointError, match=r"finish_save\('.*kept'\)"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "kept")
     old.save_pretrained(tmp_path / "kept")

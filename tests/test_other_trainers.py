@@ -3,42 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import plain_worker
 import pytest
 import torch
+from forked import on_two_ranks
 from tolerances import DISTRIBUTED, assert_close
-
-SCRIPT = Path(__file__).parent / "plain_worker.py"
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """What each of two processes leaves: losses, and what it was told."""
     directory = tmp_path_factory.mktemp("two")
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    shared = {"PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parents[1]), *sys.path])}
-    shared |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    command, processes = [sys.executable, str(SCRIPT), str(directory)], []
-    try:
-        for rank in range(2):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            with open(directory / f"{rank}.log", "w") as log:
-                processes.append(
-                    subprocess.Popen(command, env=os.environ | shared | own, stdout=log, stderr=subprocess.STDOUT)
-                )
-        codes = [process.wait(timeout=1500) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0, 0], "\n".join((directory / f"{rank}.log").read_text()[-3000:] for rank in range(2))
+    on_two_ranks(lambda: plain_worker.run_both(directory), directory)
     return [json.loads((directory / f"{rank}.json").read_text()) for rank in range(2)]
 
 

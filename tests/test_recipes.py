@@ -17,6 +17,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from families import tiny_base
+from forked import Program
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sleepify import FastWeightConfig, SleepConfig, SleepForCausalLM, sleepify
@@ -314,21 +315,22 @@ def test_every_setting_that_sleepify_takes_is_one(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Each recipe's two steps, all at the same time, each as a user starts it."""
+    """Each recipe's two steps: the script of one behind the launcher, as a user starts it, of the others by itself."""
     folder = tmp_path_factory.mktemp("outputs")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FOLDER / "accelerate/cpu.yaml")]
-    running = {}
     for name in ("rule110", "depo", "gsm_inf"):
-        start = launch if name == "rule110" else [sys.executable]
-        tiny = str(FOLDER / "configs" / f"{name}_tiny.yaml")
-        command = [*start, str(FOLDER / f"{name}.py"), tiny, "--output_dir", str(folder / name), "--seed", "1"]
-        running[name] = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-    for name, process in running.items():
-        shown, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, f"{name}: {shown}"
+        script, tiny = FOLDER / f"{name}.py", str(FOLDER / "configs" / f"{name}_tiny.yaml")
+        words = [tiny, "--output_dir", str(folder / name), "--seed", "1"]
+        if name == "rule110":
+            run = subprocess.run(
+                [*launch, str(script), *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+            )
+            code, shown = run.returncode, run.stdout + run.stderr
+        else:
+            program = Program.script(script, words, folder / f"{name}.log", folder)
+            code, shown = program.wait(), program.said()
+        assert code == 0, f"{name}: {shown}"
         assert "Muon: " in shown and "| N = 2, L = " in shown
     return folder
 

@@ -5,28 +5,25 @@ from __future__ import annotations
 import json
 import os
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import Program, in_a_fork
 from safetensors.torch import load_file
 from test_training import build, losses, sleeping
-from training_runs import die_within_the_final_save, in_a_fork
-from transformers import TrainerCallback
+from training_runs import die_within_the_final_save
+from transformers import TrainerCallback, TrainingArguments
 
 from sleepify import CheckpointError
 from sleepify.tasks import Rule110
-from sleepify.training import TaskDataset
+from sleepify.training import SleepTrainingArguments, TaskDataset
 
 
 def deaths(directory, *options):
     script = Path(__file__).parent / "training_runs.py"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{script.parent}{os.pathsep}{script.parents[1]}"}
-    command = [sys.executable, str(script), str(directory), *options]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
+    program = Program.script(script, [str(directory), *options], directory / "log", directory)
+    assert program.wait() == 0, program.said()
     results = json.loads((directory / "results.json").read_text())
     whole = results.pop("whole")
     assert len(whole["logs"]) == 2
@@ -133,6 +130,16 @@ def test_the_best_checkpoint_is_kept_and_named_by_its_place(tmp_path):
     state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-1")
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-1", "checkpoint-3"]
+
+
+def test_optimisers_are_loaded_to_the_cpu_without_a_number(tmp_path, monkeypatch):
+    """Of several processes on a CPU, Accelerate gives each its own, and transformers 5.17 loads to args.device."""
+    monkeypatch.setattr(TrainingArguments, "device", property(lambda _: torch.device("cpu", 1)))
+    where = SleepTrainingArguments(str(tmp_path), use_cpu=True).device
+    torch.save(torch.ones(2), tmp_path / "optimizer.pt")
+    assert torch.equal(torch.load(tmp_path / "optimizer.pt", map_location=where), torch.ones(2))
+    monkeypatch.setattr(TrainingArguments, "device", property(lambda _: torch.device("cuda", 1)))
+    assert SleepTrainingArguments(str(tmp_path), use_cpu=True).device == torch.device("cuda", 1)
 
 
 def weights(model):

@@ -32,8 +32,9 @@ NAMES = ("y", "x", "kernels", "state")
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_in_the_interpreter() -> None:
+    """These and the rules', in one process: it takes long to start."""
     child = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", __file__],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", __file__, __file__.replace(".py", "_rules.py")],
         cwd=Path(__file__).parent.parent,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,

@@ -13,13 +13,13 @@ import os
 import shutil
 import signal
 import sys
-import traceback
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from families import tiny_base
+from forked import in_a_fork
 from transformers import PreTrainedModel, TrainerCallback
 
 from sleepify import sleepify
@@ -77,24 +77,6 @@ def outcome(trainer: SleepTrainer) -> dict[str, Any]:
     for parameter in trainer.model.parameters():
         digest.update(parameter.detach().numpy().tobytes())
     return {"logs": logs, "weights": digest.hexdigest()}
-
-
-def in_a_fork(work: Any) -> int:
-    """Do something in a process of its own; what it ended with, negative for a signal."""
-    child = os.fork()
-    if child == 0:
-        code = 70
-        try:
-            work()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def train_and_die(directory: Path, death: Die) -> None:

@@ -6,6 +6,7 @@ whatever was drawn before. Tasks import no torch and know nothing of models.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
@@ -42,8 +43,14 @@ class Example:
 
 
 def random_stream(name: str, seed: int, split: Split, index: int) -> Random:
-    """A generator that depends on these four alone (seeded from their text by SHA-512, the same everywhere)."""
-    return Random(f"{name}/{seed}/{split}/{index}")
+    """A generator that depends on these four alone (seeded from their text by SHA-512, the same everywhere).
+
+    Raises:
+        ValueError: ``index`` is negative.
+    """
+    if index < 0:
+        raise ValueError(f"index: expected 0 or more, got {index}")
+    return Random(f"{name}/{seed}/{split}/{operator.index(index)}")
 
 
 def check_curriculum(rows_per_level: int) -> None:

@@ -11,7 +11,6 @@ Sources: the Depo task of "Physics of Language Models, part 4", and section 6.2 
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -180,9 +179,7 @@ class Depo:
         Raises:
             ValueError: ``index`` is negative or ``split`` unknown.
         """
-        if index < 0:
-            raise ValueError(f"index: expected 0 or more, got {index}")
-        rng = random_stream("depo", self.seed, split, operator.index(index))
+        rng = random_stream("depo", self.seed, split, index)
         n = self.n_nodes
         if self.mode == "train":
             n = rng.choices(range(3, n + 1), cum_weights=_size_weights(n))[0]

@@ -11,7 +11,6 @@ for a model that walks both ways.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -110,9 +109,7 @@ class Hops:
         Raises:
             ValueError: ``index`` is negative or ``split`` unknown.
         """
-        if index < 0:
-            raise ValueError(f"index: expected 0 or more, got {index}")
-        rng = random_stream("hops", self.seed, split, operator.index(index))
+        rng = random_stream("hops", self.seed, split, index)
         n, first_node = self.n_nodes, 1 + self.max_hops
         cycle = rng.sample(range(n), n)
         while not in_split(cycle_key(cycle), split):

@@ -18,7 +18,6 @@ how much computing the answer takes: the difficulty. Source: the first task of t
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -110,9 +109,7 @@ class Rule110:
         Raises:
             ValueError: ``index`` is negative or ``split`` unknown.
         """
-        if index < 0:
-            raise ValueError(f"index: expected 0 or more, got {index}")
-        rng = random_stream("rule110", self.seed, split, operator.index(index))
+        rng = random_stream("rule110", self.seed, split, index)
         # All strings side by side in one integer, so that one step moves them all.
         cells = 0
         for i in range(self.n_strings):

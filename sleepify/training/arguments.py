@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
 from sleepify.training.objective_arguments import ObjectiveArguments
@@ -123,6 +124,12 @@ class SleepTrainingArguments(ObjectiveArguments, TrainingArguments):
                 "expected enable_jit_checkpoint=False, got True: SleepTrainer saves on SIGTERM itself, on all ranks in "
                 "the same step; drop the option"
             )
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes. Accelerate numbers the one CPU too, which torch cannot load to by number."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
 
     def settle_optimizer(self) -> None:
         """Make of transformers' ``learning_rate`` what it means here, and refuse what would be ignored.

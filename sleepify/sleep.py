@@ -176,7 +176,7 @@ def read(
         first = None
         for group in each.wakes:
             window = session.next_window(each, group, input_ids, settings.sliding)
-            memory = session.awake(group.rows, window.input_ids.shape[1], settings)
+            memory = session.awake(group, window.input_ids.shape[1], settings)
             keeping = (settings, keep, group.shares)
             hidden, memory, made = recompute(settings, "window", wake, blocks, window, memory, *keeping)
             first = made or first

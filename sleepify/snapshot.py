@@ -233,11 +233,12 @@ class Snapshot:
         first = self.seen if sliding else self.open_lengths
         return Window(ids, group.counts, tuple(first[row] + len(self.ephemeral[row]) for row in group.rows))
 
-    def awake(self, rows: Sequence[int], n_tokens: int, settings: Settings) -> Memory:
+    def awake(self, group: Wake, n_tokens: int, settings: Settings) -> Memory:
         """The memory that these rows go on with when they read so many tokens."""
-        memory = self.memory.select(rows)
-        # What is written in place is no value that a gradient could be taken through.
-        if not self.fixed_shapes or n_tokens > 1 or not memory.kv or torch.is_grad_enabled():
+        memory = self.memory.select(group.rows)
+        # What is written in place is no value that a gradient could be taken through. A sleep that shares this pass
+        # begins again before it, where there was no room.
+        if not self.fixed_shapes or n_tokens > 1 or not memory.kv or group.shares or torch.is_grad_enabled():
             return memory.without_room()
         # The window that is open, longer while one is slept on in the background; ephemeral tokens come beyond it.
         columns, needed = self.open_ids.shape[1] + settings.retained, max(memory.kv_lengths) + 1

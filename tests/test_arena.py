@@ -309,3 +309,18 @@ def test_no_token_copies_what_is_there(eviction, rows):
     assert second.operations.count("index_copy_") == 2 * 4
     # Without room every token copies the keys and values of all layers; with it, a mask is made for it.
     assert counts[False][-1].bytes > last.bytes + 8 * 0.8 * one_layer
+
+
+def test_a_pass_that_a_sleep_shares_is_made_without_room():
+    """Windows of one token, beside a row whose window is open: the sleep goes back before its first pass."""
+    model = sleeping(window_size=1, eviction="sliding", n_loops=2, loop_range=[0, 3]).eval()
+    ids, mask = tokens(2, 5), torch.tensor([[1, 1, 1], [0, 0, 1]])
+    read = []
+    with torch.no_grad():
+        for fixed_shapes in (True, False):
+            session = SleepCache(fixed_shapes)
+            model(ids[:, :1], past_key_values=session)
+            model.sleep(session, rows=[0])
+            model(ids[:, 1:4], attention_mask=mask, past_key_values=session)
+            read.append(model(ids[:, 4:], past_key_values=session).logits)
+    assert torch.equal(*read)

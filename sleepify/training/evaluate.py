@@ -288,7 +288,7 @@ def _predict(
         assert isinstance(sleeping, SleepForCausalLM)
         arguments["n_loops"], context = n_loops, at_window(sleeping, window_size)
         if dist.is_initialized() and dist.get_world_size() > 1:
-            batch = equalise(batch, window_size, truncated=False)
+            batch = equalise(batch, window_size, apart=False)
             columns |= set(batch.pop("logits_to_keep", torch.zeros(0)).tolist())
     del batch["labels"]
     order = sorted(columns)

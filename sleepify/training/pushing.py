@@ -9,12 +9,13 @@ from __future__ import annotations
 import inspect
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import ModelCard
 from transformers import Trainer
 
 from sleepify.card import CARD, read_results, renewed, write_card
+from sleepify.config import SleepConfig
 from sleepify.files import written_beside
 from sleepify.loader import LOADER
 from sleepify.manifest import MANIFEST
@@ -41,7 +42,7 @@ class SleepPushes(Trainer):
         told = inspect.signature(Trainer.create_model_card).bind(self, *args, **kwargs).arguments
         folder, tags = Path(str(self.args.output_dir)), told.get("tags") or ()
         text = write_card(
-            model.config,
+            cast(SleepConfig, model.config),
             self.hub_model_id or str(folder),
             read_results(folder),
             tags=[tags] if isinstance(tags, str) else tags,

@@ -222,7 +222,7 @@ def _costs(
         _note(costs, row, column, batch["labels"][row, column + 1], lambda at: logits[row[at], column[at]])
         return costs
     if dist.is_initialized() and dist.get_world_size() > 1:
-        batch = equalise(batch, window_size, truncated=False)
+        batch = equalise(batch, window_size, apart=False)
     options = {} if n_loops is None else {"n_loops": n_loops}
     with _noting(sleeping, costs):
         model(**batch, **options, use_cache=False)

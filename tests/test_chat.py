@@ -58,9 +58,21 @@ class Terminal:
         return before
 
     def wait(self) -> int:
-        """What the program ends with."""
+        """What the program ends with; somebody must read what it says last, or it waits for that."""
+        self.rest()
         code, self.pid = ended(self.pid, PATIENCE), 0
         return code
+
+    def rest(self) -> None:
+        """Read until the program has left."""
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end:
+            if select.select([self.fd], [], [], 1.0)[0]:
+                try:
+                    if not os.read(self.fd, 4096):
+                        return
+                except OSError:
+                    return
 
     def close(self) -> None:
         if self.pid:

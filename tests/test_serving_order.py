@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import re
 import threading
 import time
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 pytest.importorskip("fastapi", reason="the server needs the extra 'serve'")
+httpx = pytest.importorskip("httpx", reason="the server is asked without a network")
 
 from served import WINDOW, tiny  # noqa: E402
 
@@ -143,6 +145,51 @@ def test_who_does_not_read_a_stream_holds_nothing(made, monkeypatch):
         while engine.scheduler.unfinished:
             await asyncio.sleep(0.01)
         assert len(engine.store) == 0
+        await engine.close()
+
+    asyncio.run(main())
+
+
+def test_a_burst_beyond_the_limit_is_refused(made, tmp_path):
+    """All of them ask before the first has been written as tokens."""
+    asked = Asked([{"role": "user", "content": "hi"}], Sampling(temperature=0, max_tokens=2), False)
+
+    async def main():
+        engine = Engine(*made, Limits(waiting=3), tmp_path, None)
+        burst = await asyncio.gather(*(engine.turn(asked, KEY, None, "sess") for _ in range(8)), return_exceptions=True)
+        refused = [each for each in burst if isinstance(each, Refusal)]
+        assert len(refused) == 5 and {each.status for each in refused} == {429}
+        for turn in burst:
+            if turn not in refused:
+                turn.close()
+        (await engine.turn(asked, KEY, None, "sess")).close()
+        await engine.close()
+
+    asyncio.run(main())
+
+
+async def running(app):
+    """How many requests the server says it is answering."""
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
+        said = (await http.get("/metrics")).text
+    return float(re.search(r"^sleepify_requests_running (.+)$", said, re.MULTILINE)[1])
+
+
+def test_a_turn_counts_until_it_is_written(made, tmp_path):
+    asked = Asked([{"role": "user", "content": "hi"}], Sampling(temperature=0, max_tokens=2), True)
+    app = create_app(*made, "tiny", folder=tmp_path)
+
+    async def main():
+        engine = app.state.engine
+        turn = await engine.turn(asked, KEY, None, "sess")
+        assert [piece async for piece in turn.pieces()]
+        while engine.scheduler.unfinished:
+            await asyncio.sleep(0.01)
+        assert await running(app) == 1
+        assert (await turn.finish()).text
+        turn.close()
+        assert await running(app) == 0
         await engine.close()
 
     asyncio.run(main())

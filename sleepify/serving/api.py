@@ -278,7 +278,7 @@ class _Server:
         gauges = {
             "sessions": ("sessions and responses, in memory or on disk", float(len(store))),
             "session_bytes": ("bytes of sessions in memory", float(store.bytes)),
-            "requests_running": ("requests that are being answered", float(self._engine.scheduler.unfinished)),
+            "requests_running": ("requests that are being answered", float(len(self._engine.answering))),
         }
         return PlainTextResponse(self._engine.metrics.text(gauges), media_type="text/plain; version=0.0.4")
 

@@ -102,7 +102,7 @@ class Engine:
         vocabulary = model.config.text_config.vocab_size
         if len(tokenizer) > vocabulary:
             raise ValueError(f"expected a tokenizer of at most {vocabulary} tokens, as the model, got {len(tokenizer)}")
-        self.limits, self.metrics = limits, Metrics()
+        self.limits, self.metrics, self.answering = limits, Metrics(), set[Turn]()
         # A tokenizer is not to be called by two threads at once, and no long text may keep tokens waiting:
         # the model's thread has one, and the thread that writes templates another.
         self._tokenizer, self._idle_sleep = tokenizer, idle_sleep
@@ -144,7 +144,7 @@ class Engine:
         Raises:
             Refusal: if it cannot be.
         """
-        if self.scheduler.unfinished >= self.limits.waiting:
+        if len(self.answering) >= self.limits.waiting:
             raise Refusal(429, f"expected at most {self.limits.waiting} requests at once, got one more; try again",
                           code="too_many_requests")  # fmt: skip
         turn = Turn(self, time.monotonic() + self.limits.seconds)
@@ -287,7 +287,7 @@ class Engine:
 
 
 class Turn:
-    """An answer that is being made; `close` it whatever happens.
+    """An answer that is being made, and counts as one from now until it is closed; `close` it whatever happens.
 
     Attributes:
         messages: the conversation up to the answer.
@@ -311,6 +311,7 @@ class Turn:
         self._ended: Ended | None = None
         self._events: asyncio.Queue[str | Ended] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
+        engine.answering.add(self)
 
     def deliver(self, event: str | Ended) -> None:
         """Take in what the model's thread has."""
@@ -338,6 +339,7 @@ class Turn:
         for session in self._held:
             session.busy.release()
         self._held = []
+        self._engine.answering.discard(self)
 
     async def pieces(self) -> AsyncIterator[str]:
         """The answer as it comes.

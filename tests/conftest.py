@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from benchmarks import flows
@@ -21,6 +22,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # Shells that start a program in the background have it ignore Ctrl-C, and so all that it starts.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Tests fork programs off, and a fork of a process with OpenMP threads waits for them for ever.
+    torch.set_num_threads(1)
     config.addinivalue_line("markers", "flow(name): a row of docs/compatibility.md; see benchmarks/flows.py")
     if (path := config.getoption("--flows")) is not None:
         config.pluginmanager.register(flows.Recorder(path.absolute()))

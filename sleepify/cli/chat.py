@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError:
         print('expected the package rich, found none; pip install "sleepify[train]"', file=sys.stderr)
         return 1
+    with contextlib.suppress(ImportError):  # not on every system; with it, lines can be edited and called up again
+        importlib.import_module("readline")
     console = Console(highlight=False)
     try:
         model = load(arguments)
@@ -120,7 +124,8 @@ class Chat:
         self._status()
         while True:
             try:
-                line = self.console.input("[bold]> [/bold]").strip()
+                # Not the console's own: line editing must know the prompt, and the terminal be ready when it shows.
+                line = input("> ").strip()
             except EOFError:
                 return 0
             except KeyboardInterrupt:

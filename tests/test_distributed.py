@@ -200,6 +200,27 @@ def calls_of(batch) -> rounds.Calls:
     return rounds.Calls.of((labels != -100).numpy(), mask.bool().numpy(), 8)
 
 
+def are_of_ranks(batches, monkeypatch):
+    """Let every batch be that of a rank: what all ranks agree on is agreed on by these."""
+    own = [calls_of(batch) for batch in batches]
+    n_rounds = max(len(one.awake) for one in own)
+    together = torch.stack([torch.from_numpy(one.signature(n_rounds)).to(torch.int32) for one in own]).amax(0)
+
+    def all_reduce(tensor, op):
+        tensor.copy_(torch.tensor([n_rounds, 2]) if tensor.dtype == torch.long else together)
+
+    monkeypatch.setattr(rounds.dist, "all_reduce", all_reduce)
+
+
+def assert_equal_calls(before, after):
+    """Other layers were called for each batch, now the same are; no gradient has changed."""
+    assert len({str(order) for order, _ in before}) > 1
+    assert len({str(order) for order, _ in after}) == 1
+    for (_, expected), (_, actual) in zip(before, after, strict=True):
+        for name, gradient in actual.items():
+            assert_close(gradient, expected.get(name, torch.zeros_like(gradient)), EXACT_GRAD, name)
+
+
 @pytest.mark.parametrize("keywords", [{}, {"backprop_windows": 1}, {"backprop_windows": 2, "backprop_loops": 1}])
 def test_ranks_with_different_rows_call_the_same_layers_and_keep_their_gradients(monkeypatch, keywords):
     batches = [
@@ -209,37 +230,19 @@ def test_ranks_with_different_rows_call_the_same_layers_and_keep_their_gradients
         ragged((44, [20]), (26, [25])),
     ]
     truncated = "backprop_windows" in keywords
-    own = [calls_of(batch) for batch in batches]
-    n_rounds = max(len(one.awake) for one in own)
-    together = torch.stack([torch.from_numpy(one.signature(n_rounds)).to(torch.int32) for one in own]).amax(0)
-
-    def all_reduce(tensor, op):
-        tensor.copy_(torch.tensor([n_rounds, 2]) if tensor.dtype == torch.long else together)
-
-    monkeypatch.setattr(rounds.dist, "all_reduce", all_reduce)
+    are_of_ranks(batches, monkeypatch)
     with true_float64():
         model = trainable(dtype=torch.float64, **keywords).train()
         before = [calls(model, batch) for batch in batches]
         after = [calls(model, rounds.equalise(batch, 8, truncated)) for batch in batches]
-    assert len({str(order) for order, _ in before}) > 1
-    assert len({str(order) for order, _ in after}) == 1
-    for (_, expected), (_, actual) in zip(before, after, strict=True):
-        for name, gradient in actual.items():
-            assert_close(gradient, expected.get(name, torch.zeros_like(gradient)), EXACT_GRAD, name)
+    assert_equal_calls(before, after)
 
 
 @pytest.mark.parametrize("losses", [{"pass_loss": "all"}, {"pass_loss": "one"}, {"reconstruct": 0.5}])
 def test_ranks_call_the_same_layers_for_all_losses(monkeypatch, losses):
     """What earlier passes left is asked of the last sleep of a row alone: which that is must be agreed on."""
     batches = [ragged((30, [4, 29]), (3, [2])), ragged((9, [8]), (18, [17])), ragged((44, [20]), (26, [25]))]
-    own = [calls_of(batch) for batch in batches]
-    n_rounds = max(len(one.awake) for one in own)
-    together = torch.stack([torch.from_numpy(one.signature(n_rounds)).to(torch.int32) for one in own]).amax(0)
-
-    def all_reduce(tensor, op):
-        tensor.copy_(torch.tensor([n_rounds, 2]) if tensor.dtype == torch.long else together)
-
-    monkeypatch.setattr(rounds.dist, "all_reduce", all_reduce)
+    are_of_ranks(batches, monkeypatch)
     options = {"n_loops": 3, "fast_weights": FastWeightConfig(layers=[0, 1]), "loop_range": (0, 1)}
     model = trainable(dtype=torch.float64, **options).train()
     objectives = Objectives(ObjectiveArguments(**losses), model)
@@ -251,8 +254,4 @@ def test_ranks_call_the_same_layers_for_all_losses(monkeypatch, losses):
     with true_float64():
         before = [of(batch) for batch in batches]
         after = [of(rounds.equalise(batch, 8, objectives.tells_last_sleeps)) for batch in batches]
-    assert len({str(order) for order, _ in before}) > 1
-    assert len({str(order) for order, _ in after}) == 1
-    for (_, expected), (_, actual) in zip(before, after, strict=True):
-        for name, gradient in actual.items():
-            assert_close(gradient, expected.get(name, torch.zeros_like(gradient)), EXACT_GRAD, name)
+    assert_equal_calls(before, after)

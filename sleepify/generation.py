@@ -13,6 +13,7 @@ from transformers import GenerationMixin
 from sleepify.cache import SleepCache
 from sleepify.ended import Ended
 from sleepify.packing import Marks
+from sleepify.precision import unchanged
 from sleepify.rows import Rows
 
 # Tokens of an answer where neither the caller nor the model's generation config says how many, and what transformers
@@ -84,8 +85,10 @@ class SleepGeneration(GenerationMixin):
         for name, value in (given | {"input_ids": kwargs.get("input_ids")}).items():
             if value is not None and not isinstance(value, Tensor):
                 raise TypeError(f"expected {name} to be a tensor [batch, tokens], got {type(value).__name__}")
+        model: Any = self
         try:
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
+            with unchanged(model):
+                return super().generate(*args, **kwargs)  # type: ignore[misc]
         except BaseException:
             if isinstance(cache, SleepCache):
                 cache.now = before

@@ -20,6 +20,7 @@ from sleepify.arena import Arena
 from sleepify.errors import UnsupportedModelError
 from sleepify.hosts import Host
 from sleepify.memory import LayerKey, LayerState, Memory
+from sleepify.precision import unchanged
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 # Graphs kept, each with the keys of a window and a state; of the one that was used least lately nothing is kept.
@@ -218,7 +219,8 @@ class SleepCapture:
 
         A graph is captured at the second token of a window, for a batch size and a number of columns, and serves all
         sessions of both. It holds the addresses of the weights: within, they may be overwritten, but must not be moved
-        or replaced, nor adapters switched.
+        or replaced, nor adapters switched. Inserted layers of a half-precision base hold a cast of theirs, which
+        `generate` brings up to date, and a call of the model itself does not.
 
         Args:
             capture: makes of a function one that replays what the function launches; CUDA graphs by default.
@@ -240,7 +242,8 @@ class SleepCapture:
             raise ValueError(f"expected a model on one CUDA device to capture graphs, got one on {found}")
         before, self._capture = self._capture, capture
         try:
-            yield
+            with unchanged(model):
+                yield
         finally:
             self._capture, self._graphs = before, None
 

@@ -172,15 +172,18 @@ def test_a_missing_and_a_foreign_file_are_named(old, new, tmp_path):
         SleepForCausalLM.from_pretrained(tmp_path)
 
 
-KINDS = {"one file": {}, "shards": SHARDED, "other shards": {"max_shard_size": "45KB"}, "alone": {}}
+KINDS = {"one file": {}, "shards": SHARDED, "other shards": {"max_shard_size": "45KB"}}
 
 
 class Killed(BaseException):
     """As far as files go a kill: nothing is tidied up."""
 
 
-@pytest.mark.parametrize("before", ["nothing", "one file", "shards", "one file, no manifest", "shards, no manifest"])
-@pytest.mark.parametrize("after", ["one file", "shards", "other shards"])
+SAVES = [(before, after) for before in ("nothing", "one file", "shards") for after in KINDS]
+SAVES += [("one file, no manifest", "shards"), ("shards, no manifest", "one file")]
+
+
+@pytest.mark.parametrize(("before", "after"), SAVES)
 def test_a_save_that_is_killed_between_renames_leaves_no_mixture(old, new, tmp_path, monkeypatch, before, after):
     template, target = tmp_path / "template", tmp_path / "target"
     template.mkdir()

@@ -1,7 +1,9 @@
-"""The small modules that fast-weight mixers are made of: two norms and the short convolution."""
+"""The small modules that fast-weight mixers are made of: two norms, the projection and the short convolution."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,13 +48,55 @@ class Linear(nn.Linear):
     over every window use it often, and a sum of many small terms is what bfloat16 is worst at.
     """
 
+    _cast: tuple[Tensor, Tensor | None] | None = None
+
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype != torch.float64 and autocasts(x.device):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if x.dtype == self.weight.dtype:
             return F.linear(x, self.weight, self.bias)
+        if self._cast is not None and self._cast[0].dtype == x.dtype and not torch.is_grad_enabled():
+            return F.linear(x, *self._cast)
         result: Tensor = CastLinear.apply(x, self.weight, self.bias)
         return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy's weights may change.
+        return {name: value for name, value in self.__dict__.items() if name != "_cast"}
+
+
+@contextmanager
+def cast_once(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Keep the weights of every `Linear` in ``dtype``, too, for all that is computed without gradient.
+
+    For a stretch in which nothing changes them, like the tokens of an answer: cast anew for each, they are a large part
+    of what a token moves. Within another such stretch they are brought up to date where they are, which graphs rely on.
+    A weight that is not whole or not here (sharded, offloaded) is cast as ever.
+    """
+    mine = []
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            for each in model.modules():
+                if not isinstance(each, Linear) or each.weight.dtype == dtype or not _is_plain(each):
+                    continue
+                if each._cast is None:
+                    mine.append(each)
+                    each._cast = each.weight.to(dtype), None if each.bias is None else each.bias.to(dtype)
+                    continue
+                for kept, now in zip(each._cast, (each.weight, each.bias), strict=True):
+                    if kept is not None:
+                        kept.copy_(now)
+        yield
+    finally:
+        for each in mine:
+            each._cast = None
+
+
+def _is_plain(linear: Linear) -> bool:
+    weight, shape = linear.weight, (linear.out_features, linear.in_features)
+    if type(weight) is not nn.Parameter or weight.is_meta or hasattr(weight, "ds_id"):
+        return False
+    return weight.is_floating_point() and weight.shape == shape
 
 
 class CastLinear(torch.autograd.Function):

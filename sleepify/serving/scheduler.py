@@ -26,6 +26,7 @@ from torch import Tensor
 from sleepify.cache import SleepCache
 from sleepify.generation import left_padded
 from sleepify.modeling import SleepForCausalLM
+from sleepify.precision import unchanged
 from sleepify.serving.metrics import Metrics
 from sleepify.serving.sampling import Sampling, choose
 from sleepify.serving.spoken import Spoken
@@ -128,7 +129,7 @@ class Scheduler:
     # --- the model's thread ----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        with torch.inference_mode():
+        with torch.inference_mode(), unchanged(self.model):
             while self._take_in():
                 self._drop_cancelled()
                 self._set_aside()

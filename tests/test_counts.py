@@ -71,7 +71,7 @@ BOUNDS = {
     "ouro_1.4b": {
         WINDOW: (996, 21.5, {}),
         SLEEP["ouro_1.4b"]: (3989, 88.4, {}),
-        TOKEN: (1193, 4.26, {}),
+        TOKEN: (1133, 3.56, {}),
         STEP.format(1, "none"): (5857, 86.2, LABELS),
         STEP.format(2, "none"): (8990, 160.7, LABELS),
         STEP.format(2, "selective"): (11213, 189.9, LABELS),

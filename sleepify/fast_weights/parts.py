@@ -94,7 +94,8 @@ def cast_once(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 def _is_plain(linear: Linear) -> bool:
     weight, shape = linear.weight, (linear.out_features, linear.in_features)
-    if type(weight) is not nn.Parameter or weight.is_meta or hasattr(weight, "ds_id"):
+    # Offloaded to where a hook will fetch it from; made of other tensors, as in FSDP2 or quantized; ZeRO-3's.
+    if weight.is_meta or hasattr(weight, "__tensor_flatten__") or hasattr(weight, "ds_id"):
         return False
     return weight.is_floating_point() and weight.shape == shape
 

@@ -141,11 +141,14 @@ def test_every_ablation_is_parsed_and_changes_one_thing(name: str) -> None:
     assert arm.layers == 1 and arm.steps == 1.0 and arm.goes_on is None
 
 
-def test_every_ablation_is_trained_and_written_up(ablated: Path) -> None:
-    worth.main(["--settings", "hops8_ablations", "--docs", str(ablated / "docs")])
+@pytest.mark.parametrize(
+    "names", [("jet", "insert_last", "frozen", "lora"), pytest.param(arms.ABLATIONS, marks=pytest.mark.slow)]
+)
+def test_ablations_are_trained_and_written_up(ablated: Path, names: tuple[str, ...]) -> None:
+    worth.main(["--settings", "hops8_ablations", "--docs", str(ablated / "docs"), "--arms", "n4", *names])
     page = (ablated / "docs" / "worth.md").read_text(encoding="utf-8")
     base = AutoModelForCausalLM.from_pretrained(ablated / "models" / "hops8_ablations" / "base_seed0")
-    for name in ("n4", *arms.ABLATIONS):
+    for name in ("n4", *names):
         run = worth_runs.read("hops8_ablations", name, 0)
         assert run is not None and run.steps == 2 and page.count(f"| {arms.ARMS[name].label} |") == 2
         folder = ablated / "models" / "hops8_ablations" / f"{name}_seed0"

@@ -402,3 +402,17 @@ class Stops:
 
     def put(self, value: Tensor) -> None:
         raise RuntimeError("the reader stops")
+
+
+def test_a_cast_may_go_while_another_thread_computes():
+    class Going(Linear):
+        looked = 0
+
+        @property
+        def _cast(self) -> tuple[Tensor, None] | None:
+            self.looked += 1
+            return (self.weight.bfloat16(), None) if self.looked == 1 else None
+
+    layer, x = Going(6, 4, bias=False), torch.randn(3, 6).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(layer(x), F.linear(x, layer.weight.bfloat16()))

@@ -55,8 +55,9 @@ class Linear(nn.Linear):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if x.dtype == self.weight.dtype:
             return F.linear(x, self.weight, self.bias)
-        if self._cast is not None and self._cast[0].dtype == x.dtype and not torch.is_grad_enabled():
-            return F.linear(x, *self._cast)
+        cast = self._cast  # looked up once: another thread's answer may end meanwhile
+        if cast is not None and cast[0].dtype == x.dtype and not torch.is_grad_enabled():
+            return F.linear(x, *cast)
         result: Tensor = CastLinear.apply(x, self.weight, self.bias)
         return result
 

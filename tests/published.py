@@ -49,3 +49,24 @@ def check_saved_as_published(fixture: Path, folder: Path, model: PreTrainedModel
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     assert "auto_map" not in config
     return config
+
+
+def check_cache_changes_nothing_drawn(model: PreTrainedModel, **settings: Any) -> None:
+    """Sampling and beams give the same tokens with the cache and without."""
+    ids, mask = left_padded([5, 3], 37)
+    tokens = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        more = {"max_new_tokens": 5, "pad_token_id": 0, "use_cache": use_cache}
+        tokens.append(model.generate(ids, attention_mask=mask, **settings, **more))
+    assert torch.equal(*tokens)
+
+
+def check_rows_are_generated_as_alone(model: PreTrainedModel, **settings: Any) -> None:
+    """Left-padded rows of a batch, greedily."""
+    lengths = [9, 4, 1]
+    ids, mask = left_padded(lengths, 37)
+    settings |= {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    together = model.generate(ids, attention_mask=mask, **settings)[:, 9:]
+    alone = [model.generate(ids[i : i + 1, 9 - n :], **settings)[:, n:] for i, n in enumerate(lengths)]
+    assert torch.equal(together, torch.cat(alone))

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import builtins
 import importlib
-import os
-import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from interpreter import INTERPRETED, pass_in_the_interpreter
 from test_ops import NAMES, make_inputs, run_with_grads
 from tolerances import FLA32, HALF_IN_NORM
 
@@ -27,7 +25,6 @@ pytest.importorskip("triton", reason="pip install triton (Linux, 200 MB)")
 pytest.importorskip("fla", reason="pip install flash-linear-attention: opt-in")
 pytestmark = pytest.mark.slow
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 RULES = {
     "delta": (kernels._CHUNK_DELTA, foreign.run_fla_delta, ops.gated_delta_reference),
     "hebbian": (kernels._CHUNK_HEBBIAN, foreign.run_fla_hebbian, ops.gated_hebbian_reference),
@@ -36,14 +33,7 @@ RULES = {
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_in_the_interpreter() -> None:
-    child = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-m", "slow", __file__],
-        cwd=Path(__file__).parent.parent,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == 0, child.stdout + child.stderr
+    pass_in_the_interpreter("-m", "slow", __file__)
 
 
 @pytest.fixture(autouse=True)

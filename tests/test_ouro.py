@@ -4,7 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from published import check_code_is_not_run, check_saved_as_published, left_padded
+from published import (
+    check_cache_changes_nothing_drawn,
+    check_code_is_not_run,
+    check_rows_are_generated_as_alone,
+    check_saved_as_published,
+    left_padded,
+)
 from safetensors.torch import load_file
 from tolerances import EXACT, PARITY, assert_close
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -254,23 +260,12 @@ def test_greedy_generation(model, cache_kind):
 
 
 def test_generation_of_left_padded_rows_is_that_of_each_row():
-    model, lengths = small(dtype=torch.float32), (9, 4, 1)
-    ids, mask = left_padded(lengths, 37)
-    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "exit_threshold": 0.7}
-    together = model.generate(ids, attention_mask=mask, **settings)[:, 9:]
-    alone = [model.generate(ids[i : i + 1, 9 - n :], **settings)[:, n:] for i, n in enumerate(lengths)]
-    assert torch.equal(together, torch.cat(alone))
+    check_rows_are_generated_as_alone(small(dtype=torch.float32), exit_threshold=0.7)
 
 
 @pytest.mark.parametrize("settings", [{"do_sample": True}, {"num_beams": 3}])
 def test_sampling_and_beams_do_not_depend_on_the_cache(settings):
-    model, tokens = small(), []
-    ids, mask = left_padded((5, 3), 37)
-    for use_cache in (True, False):
-        torch.manual_seed(0)
-        more = {"max_new_tokens": 5, "pad_token_id": 0, "use_cache": use_cache}
-        tokens.append(model.generate(ids, attention_mask=mask, **settings, **more))
-    assert torch.equal(*tokens)
+    check_cache_changes_nothing_drawn(small(), **settings)
 
 
 @torch.no_grad()

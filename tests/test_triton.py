@@ -7,15 +7,12 @@ is `pip install triton`.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
+from interpreter import INTERPRETED, pass_in_the_interpreter
 from tolerances import FLOAT32, ONE_ROUNDING, Tolerance, assert_close
 from torch import Tensor
 
@@ -24,7 +21,6 @@ from sleepify.ops import dynamic_conv, dynamic_conv_reference, kernels
 triton = pytest.importorskip("triton", reason="pip install triton (Linux, 200 MB): it needs no GPU for these tests")
 from sleepify.ops import triton_conv  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = pytest.param("cpu") if INTERPRETED else pytest.param("cuda", marks=pytest.mark.gpu)
 on_device = pytest.mark.parametrize("device", [DEVICE])
 NAMES = ("y", "x", "kernels", "state")
@@ -33,14 +29,7 @@ NAMES = ("y", "x", "kernels", "state")
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_in_the_interpreter() -> None:
     """These and the rules', in one process: it takes long to start."""
-    child = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", __file__, __file__.replace(".py", "_rules.py")],
-        cwd=Path(__file__).parent.parent,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == 0, child.stdout + child.stderr
+    pass_in_the_interpreter(__file__, __file__.replace(".py", "_rules.py"))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")

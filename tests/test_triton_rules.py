@@ -6,18 +6,15 @@ As in ``test_triton``: in Triton's interpreter where there is no GPU, in a proce
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from interpreter import INTERPRETED, pass_in_the_interpreter
 from test_ops import NAMES, make_inputs, run_with_grads
-from test_triton import DEVICE, INTERPRETED, empty_is_nan
+from test_triton import DEVICE, empty_is_nan
 from tolerances import DECAYED32, HALF_IN_NORM, ROUNDING32
 from torch import Tensor
 
@@ -42,14 +39,7 @@ BACKWARD = ["solve", "carry_states", "spread_back", "carry_back", "values_back",
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_slow_ones_in_the_interpreter() -> None:
     """`test_triton` runs the others."""
-    child = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-m", "slow", __file__],
-        cwd=Path(__file__).parent.parent,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == 0, child.stdout + child.stderr
+    pass_in_the_interpreter("-m", "slow", __file__)
 
 
 def compare(

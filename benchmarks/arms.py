@@ -91,6 +91,7 @@ ARMS: dict[str, Arm] = {
         Arm("sliding", "sliding window alone", {**PLAIN, "model_config": "sliding"}),
         # As many tokens as a window of `gsm_inf` has.
         Arm("rag", "full attention on what BM25 finds, 24 tokens", {**PLAIN, "retrieve_tokens": 24}),
+        Arm("summary", "full attention on a running summary, 24 tokens", {**PLAIN, "summary_tokens": 24}),
         # Ablations of n4, each in one thing.
         Arm("jet", "N = 4, rule jet", {"n_loops": 4, "fast_weights_rule": "jet"}),
         Arm("mamba2", "N = 4, rule mamba2", {"n_loops": 4, "fast_weights_rule": "mamba2"}),
@@ -191,7 +192,7 @@ SETTINGS: dict[str, Setting] = {
             GSM + " The question comes last.",
             "gsm_inf_base.yaml",
             "gsm_inf_small.yaml",
-            ("n4", "n1", "full", "rag"),
+            ("n4", "n1", "full", "rag", "summary"),
             seeds=(0,),
         ),
         Setting(

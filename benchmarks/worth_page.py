@@ -25,7 +25,7 @@ OURS = "n4"
 ALONE = ("n1", "n2", "n4")
 """Arms trained for one N."""
 FRONTIER = 0.9
-READING = {"n_reads", "n_windows", "window_size", "retrieve_tokens"}
+READING = {"n_reads", "n_windows", "window_size", "retrieve_tokens", "summary_tokens"}
 """Fields by which an arm changes what is read before the question."""
 INTRODUCTION = """All arms of a setting begin with one base, which the same recipe has pretrained with full attention on
 the easy part of the task, and are trained on the same rows in the same order; "compute of N = 4" is N = 1 trained on

@@ -111,6 +111,9 @@ class GsmInfiniteArguments:
     retrieve_tokens: int | None = field(
         default=None, metadata={"help": "Read only the sentences that BM25 finds for the question, so many tokens."}
     )
+    summary_tokens: int | None = field(
+        default=None, metadata={"help": "Read only a running summary of so many tokens, made before the question."}
+    )
     vocabulary: str | None = field(
         default=None,
         metadata={"help": "Names to write with: 'pets' for few, or published rows (a file, or a name on the Hub)."},
@@ -145,6 +148,7 @@ class GsmInfiniteArguments:
             size=size,
             curriculum=self.curriculum,
             retrieve_tokens=self.retrieve_tokens,
+            summary_tokens=self.summary_tokens,
         )
 
     def _vocabulary(self) -> Sequence[Any]:

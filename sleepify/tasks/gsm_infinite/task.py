@@ -14,6 +14,7 @@ from sleepify.tasks.gsm_infinite.noise import noise
 from sleepify.tasks.gsm_infinite.problem import Encode, Mode, Problem, Prompt, Tokenizer
 from sleepify.tasks.gsm_infinite.retrieve import retrieve
 from sleepify.tasks.gsm_infinite.solver import split_sentences
+from sleepify.tasks.gsm_infinite.summary import summarise
 from sleepify.tasks.gsm_infinite.text import Words, draw_words, sentences, solution
 from sleepify.tasks.gsm_infinite.vocabulary import THEMES, Theme
 
@@ -47,6 +48,8 @@ class GsmInfinite:
         retrieve_tokens: the rows hold only the sentences that BM25 finds best for the question, as many as have room in
             so many tokens, in the text's order: what a system reads that searches instead of remembering. Problems
             stay whole. None: all sentences.
+        summary_tokens: the rows hold only a running summary of so many tokens, made of the text's sentences before the
+            question is known: what a system reads that sums up instead of remembering. None: all sentences.
 
     Raises:
         ValueError: nothing to draw from, operations out of reach, too few names, no tokenizer where one is needed, or
@@ -71,13 +74,17 @@ class GsmInfinite:
         size: tuple[int, int] = (5, 5),
         curriculum: int = 0,
         retrieve_tokens: int | None = None,
+        summary_tokens: int | None = None,
     ) -> None:
         check_curriculum(curriculum)
-        if retrieve_tokens is not None and not (isinstance(retrieve_tokens, int) and retrieve_tokens >= 1):
-            raise ValueError(f"retrieve_tokens: expected a whole number of tokens or None, got {retrieve_tokens!r}")
+        for name, tokens in (("retrieve_tokens", retrieve_tokens), ("summary_tokens", summary_tokens)):
+            if tokens is not None and not (isinstance(tokens, int) and tokens >= 1):
+                raise ValueError(f"{name}: expected a whole number of tokens or None, got {tokens!r}")
+        if retrieve_tokens is not None and summary_tokens is not None:
+            raise ValueError("expected retrieve_tokens or summary_tokens, got both; one text is searched or summed up")
         self.seed = seed
         self.curriculum = curriculum
-        self.retrieve_tokens = retrieve_tokens
+        self.retrieve_tokens, self.summary_tokens = retrieve_tokens, summary_tokens
         self.operations = sorted(set(operations))
         self.depths = sorted({depth} if isinstance(depth, int) else set(depth))
         self.modes = list(modes)
@@ -117,7 +124,7 @@ class GsmInfinite:
             f"GsmInfinite(seed={self.seed}, operations={self.operations}, depth={self.depths}, modes={self.modes}, "
             f"themes={[theme.name for theme in self.themes]}, target_tokens={self.target}, "
             f"max_tokens={self.max_tokens}, size={self.size}, curriculum={self.curriculum}, "
-            f"retrieve_tokens={self.retrieve_tokens}, "
+            f"retrieve_tokens={self.retrieve_tokens}, summary_tokens={self.summary_tokens}, "
             f"question_first, chain_of_thought={order})"
         )
 
@@ -164,17 +171,21 @@ class GsmInfinite:
         if self.prompt is None:
             raise ValueError("rows are tokens: give GsmInfinite a tokenizer")
         problem = self.problem(index, split)
-        if self.retrieve_tokens is not None:
-            problem = replace(problem, problem=self._found(problem, self.prompt))
+        if self.retrieve_tokens is not None or self.summary_tokens is not None:
+            problem = replace(problem, problem=self._condensed(problem, self.prompt))
         return self.prompt.example(problem)
 
-    def _found(self, problem: Problem, prompt: Prompt) -> str:
-        """What a search finds of a problem's text."""
-        assert self.retrieve_tokens is not None
+    def _condensed(self, problem: Problem, prompt: Prompt) -> str:
+        """What a search finds of a problem's text, or a summary keeps."""
+
+        def cost(sentence: str) -> int:
+            return len(prompt.encode(f" {sentence}"))
+
         whole = [f"{sentence}." for sentence in split_sentences(problem.problem)]
-        return " ".join(
-            retrieve(whole, problem.question, self.retrieve_tokens, lambda sentence: len(prompt.encode(f" {sentence}")))
-        )
+        if self.retrieve_tokens is not None:
+            return " ".join(retrieve(whole, problem.question, self.retrieve_tokens, cost))
+        assert self.summary_tokens is not None
+        return " ".join(summarise(whole, self.summary_tokens, cost))
 
     def _fit(self, rng: Random, core: Core, words: Words, lines: list[str], bare: Problem) -> Problem | None:
         """The problem with its noise; None if it cannot have a wanted length."""

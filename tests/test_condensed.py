@@ -1,4 +1,4 @@
-"""A task read through a search: BM25 by hand, and rows that hold what it finds."""
+"""A task read through a search or a summary: both by hand, and rows that hold what they leave."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from sleepify.tasks.gsm_infinite import PETS, GsmInfinite, WordTokenizer
 from sleepify.tasks.gsm_infinite.retrieve import retrieve, scores
 from sleepify.tasks.gsm_infinite.solver import split_sentences
+from sleepify.tasks.gsm_infinite.summary import summarise
 
 SENTENCES = ["The cat in Ash equals 1.", "The dog in Birch equals the cat in Ash.", "The hen in Cedar equals 3."]
 
@@ -38,10 +39,23 @@ def test_the_best_that_have_room_stand_in_their_order() -> None:
     assert retrieve(SENTENCES, question, 8, cost) == []
 
 
-def test_rows_hold_what_is_found_and_their_problem_stays_whole() -> None:
+def test_a_running_summary_by_hand() -> None:
+    def cost(sentence: str) -> int:
+        return len(sentence.split())
+
+    text = ["The cat ran.", "A dog sat.", "The cat sat.", "The cat slept."]
+    # Mean counts when the room is full: 2+2+1 over 3 words, 1+1+2, 2+2+2; then 3+3+1 for the first of two alike.
+    assert summarise(text[:3], 6, cost) == [text[0], text[2]]
+    assert summarise(text, 6, cost) == [text[2], text[3]]
+    assert summarise(text, 100, cost) == text
+    assert summarise(text, 2, cost) == []
+
+
+@pytest.mark.parametrize("option", ["retrieve_tokens", "summary_tokens"])
+def test_rows_hold_what_is_left_and_their_problem_stays_whole(option: str) -> None:
     tokenizer = WordTokenizer([PETS])
     settings: dict[str, Any] = {"operations": [4, 6], "depth": 2, "vocabulary": [PETS], "tokenizer": tokenizer}
-    plain, task = GsmInfinite(**settings), GsmInfinite(**settings, retrieve_tokens=40)
+    plain, task = GsmInfinite(**settings), GsmInfinite(**settings, **{option: 40})
     assert repr(plain) != repr(task)
     for index in range(20):
         problem = task.problem(index)
@@ -55,5 +69,7 @@ def test_rows_hold_what_is_found_and_their_problem_stays_whole() -> None:
         assert len(tokenizer.encode(inside)) <= 40 and kept
         assert row.input_ids[row.queries[0].start :] == whole.input_ids[whole.queries[0].start :]
         assert len(row.input_ids) <= len(whole.input_ids)
-    with pytest.raises(ValueError, match="retrieve_tokens: expected a whole number"):
-        GsmInfinite(**settings, retrieve_tokens=0)
+    with pytest.raises(ValueError, match=f"{option}: expected a whole number"):
+        GsmInfinite(**settings, **{option: 0})
+    with pytest.raises(ValueError, match="retrieve_tokens or summary_tokens, got both"):
+        GsmInfinite(**settings, retrieve_tokens=9, summary_tokens=9)

@@ -50,6 +50,7 @@ FLOWS = {
     "bare `LoraConfig`": Flow("PEFT", "the same targets filled in"),
     "targets without the inserted layers": Flow("PEFT", "warned of, with the line to write"),
     "saved, loaded onto a fresh base": Flow("PEFT", "`PeftModel.from_pretrained`, `load_adapter`: the same logits"),
+    "saved, loaded onto other inserted layers": Flow("PEFT", "", "which rule or place it was trained with"),
     "an adapter without inserted weights": Flow("PEFT", "", "what is missing, and `sleepify.lora_config(model)`"),
     "`add_adapter`, `save_pretrained`": Flow("PEFT", "whole or not there, also on a full disk"),
     "`AutoPeftModelForCausalLM`": Flow("PEFT", "finds the sleeping checkpoint"),

@@ -65,6 +65,8 @@ FLOWS = {
     "SFT: bases that scale logits": Flow("TRL", "loss equal to ours (Gemma, Granite, Falcon-H1, Cohere)"),
     "SFT: mixture of experts": Flow("TRL", "", "`router_aux_loss_coef=0.0`"),
     "SFT: model by name, bf16": Flow("TRL", "trains"),
+    "SFT: rows without a label": Flow("TRL", "cost nothing, also where the whole batch has none"),
+    "SFT: `torch_compile`": Flow("TRL", "the losses of the model as it is"),
     "SFT: `compute_metrics`": Flow("TRL", "with `loss_type='nll'` and `model.logits_in_training = True`"),
     "SFT: facts from `messages`": Flow("TRL", "README lines and `peft_config`: learned, saved, loaded, asked"),
     "DPO": Flow("TRL", "by name, with `ref_model` or `peft_config`; log-probabilities are the model's"),

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from small import trainable
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
@@ -82,3 +83,10 @@ def test_the_page_of_losses_is_made_of_the_runs_that_are_finished(tmp_path: Path
     page = (tmp_path / "docs" / "objectives.md").read_text(encoding="utf-8")
     assert "| distill | 2 | 7 | 3 | 4.00 (2.00-8.00) |" in page and "cross entropy |" not in page
     assert (tmp_path / "docs" / "objectives.png").stat().st_size > 1000
+
+
+def test_batches_that_page_keys_are_refused_by_name() -> None:
+    """Without that, transformers logs a failure for every request, and hands back an empty dict."""
+    model = trainable().eval()
+    with pytest.raises(ValueError, match=r"expected generate\(\).*continuous batching.*sleepify serve"):
+        model.generate_batch([[5, 6, 7]], max_new_tokens=2)

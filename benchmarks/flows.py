@@ -63,6 +63,7 @@ FLOWS = {
     "SFT: every dataset format": Flow("TRL", "loss equal to ours, packed and not, whole and by `peft_config`"),
     "SFT: packing": Flow("TRL", "the loss of the rows alone"),
     "SFT: bases that scale logits": Flow("TRL", "loss equal to ours (Gemma, Granite, Falcon-H1, Cohere)"),
+    "SFT: quantized base": Flow("TRL", "warned of what TRL casts to bfloat16, with the line to write"),
     "SFT: mixture of experts": Flow("TRL", "", "`router_aux_loss_coef=0.0`"),
     "SFT: model by name, bf16": Flow("TRL", "trains"),
     "SFT: rows without a label": Flow("TRL", "cost nothing, also where the whole batch has none"),

@@ -212,6 +212,26 @@ def test_a_model_that_is_compiled_whole_learns_as_it_does_otherwise(tmp_path, se
     torch._dynamo.reset()
 
 
+@pytest.mark.flow("SFT: quantized base")
+@pytest.mark.parametrize("as_told", [False, True], ids=["as it is", "as told"])
+def test_inserted_layers_that_trl_casts_on_a_quantized_base_are_warned_of(tmp_path, as_told):
+    """In bfloat16 a step of training is rounded away where a weight is not small."""
+    model = trainable()
+    model.is_loaded_in_4bit = True  # TRL looks at this alone, and transformers then for bitsandbytes
+    trainer = sft(tmp_path, TEXTS, model=model, peft_config=lora_config(model, r=2))
+    model.is_loaded_in_4bit = False
+    trained = [parameter for parameter in model.fast_weights.parameters() if parameter.requires_grad]
+    assert {parameter.dtype for parameter in trained} == {torch.bfloat16}
+    if as_told:
+        trainer.model.fast_weights.float()
+    before = [parameter.clone() for parameter in trained]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    assert as_told != any("write trainer.model.fast_weights.float()" in str(each.message) for each in caught)
+    assert as_told != any(now.equal(old) for now, old in zip(trained, before, strict=True))
+
+
 @pytest.mark.flow("SFT: mixture of experts")
 def test_a_routers_auxiliary_loss_is_refused_by_name(tmp_path):
     trainer = sft(tmp_path, TEXTS, model=trainable("qwen3_moe", layers=None))

@@ -75,6 +75,8 @@ class SleepForCausalLM(
     _supports_flex_attn = True
     _supports_attention_backend = True
     _no_split_modules = ["FastWeightLayer"]
+    # Nor are they to be quantized with the base: by this quantizers know what to leave.
+    _keep_in_fp32_modules = ["fast_weights"]
     _skip_keys_device_placement = ["past_key_values"]
 
     def __init__(self, config: SleepConfig, language_model: PreTrainedModel | None = None) -> None:

@@ -10,6 +10,8 @@ import peft
 import pytest
 import torch
 from families import tiny_base, tokens
+from small import sleeping
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from sleepify import CheckpointError, FastWeightConfig, SleepForCausalLM, lora_config, sleepify
 
@@ -99,3 +101,35 @@ def test_a_configuration_may_serve_several_models_and_an_adapter_of_before_says_
     base = peft.get_peft_model(tiny_base("qwen3", torch.float32), peft.LoraConfig(target_modules=["q_proj"]))
     base.save_pretrained(tmp_path / "base")
     assert "sleepify" not in (tmp_path / "base" / "adapter_config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "bits",
+    [
+        pytest.param("8 bits", marks=pytest.mark.flow("bitsandbytes, 8 bits")),
+        pytest.param("4 bits", marks=pytest.mark.flow("bitsandbytes, 4 bits")),
+        pytest.param("torchao", marks=pytest.mark.flow("torchao, int8")),
+    ],
+)
+def test_a_sleeping_checkpoint_that_is_loaded_quantized_keeps_its_inserted_layers(tmp_path, bits):
+    if bits == "torchao":
+        quantization = pytest.importorskip("torchao.quantization", reason="torchao is optional")
+        how = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    else:
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is optional")
+        how = BitsAndBytesConfig(**{f"load_in_{bits[0]}bit": True})
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 32, "vocab_size": 128}
+    saved = sleeping(tiny_base("qwen3", torch.float32, **sizes), fast_weights=FastWeightConfig(rule="jet", layers=[1]))
+    saved.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=how, device_map="cpu")
+    for (name, mine), theirs in zip(
+        model.fast_weights.named_parameters(), saved.fast_weights.parameters(), strict=True
+    ):
+        assert type(mine.data) is torch.Tensor and torch.equal(mine, theirs), name
+    base = model.language_model.model.layers[0].self_attn.q_proj.weight
+    assert type(base.data) is not torch.Tensor or base.dtype != torch.float32, "nothing was quantized"
+    tuned = peft.get_peft_model(peft.prepare_model_for_kbit_training(model), lora_config(model, r=2))
+    ids = tokens(2, 13)
+    tuned.train()(input_ids=ids, labels=ids).loss.backward()
+    still = [name for name, parameter in tuned.named_parameters() if parameter.requires_grad and parameter.grad is None]
+    assert not still

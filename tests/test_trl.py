@@ -13,6 +13,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from datasets import Dataset, load_from_disk
 from families import FAMILIES, VOCAB, tokens
 from small import trainable
 from tolerances import FLOAT32, assert_close
@@ -53,10 +54,8 @@ JUDGED = [
 PACKED = {"packing": True, "max_length": 32}
 
 
-def make(kind: str, folder: Path, rows: list, model: Any = None, eval_rows: list | None = None, **settings: Any) -> Any:
+def make(kind: str, folder: Path, rows: Any, model: Any = None, eval_rows: Any = None, **settings: Any) -> Any:
     """A trainer of TRL by its name without "Trainer": what is no field of its configuration goes to the trainer."""
-    from datasets import Dataset
-
     common = {"output_dir": str(folder), "report_to": "none", "use_cpu": True, "max_steps": 2, "logging_steps": 1}
     common |= {"per_device_train_batch_size": 3, "save_strategy": "no", "disable_tqdm": True, "bf16": False}
     own = {
@@ -69,8 +68,8 @@ def make(kind: str, folder: Path, rows: list, model: Any = None, eval_rows: list
         return getattr(trl, f"{kind}Trainer")(
             model=trainable() if model is None else model,
             args=getattr(trl, f"{kind}Config")(**(common | settings)),
-            train_dataset=Dataset.from_list(rows),
-            eval_dataset=None if eval_rows is None else Dataset.from_list(eval_rows),
+            train_dataset=rows if isinstance(rows, Dataset) else Dataset.from_list(rows),
+            eval_dataset=Dataset.from_list(eval_rows) if isinstance(eval_rows, list) else eval_rows,
             **({"processing_class": words()} | own),
         )
 
@@ -331,7 +330,10 @@ def test_dpo_compares_what_the_model_says(tmp_path, reference):
         model.save_pretrained(tmp_path / "model")
         words().save_pretrained(tmp_path / "model")
         model = str(tmp_path / "model")
-    trainer = make("DPO", tmp_path, PREFERENCES, model, PREFERENCES, learning_rate=1e-3, max_steps=8, **settings)
+    # On disk, beside which TRL 1.7 wants to keep what it has scored before.
+    Dataset.from_list(PREFERENCES).save_to_disk(tmp_path / "rows")
+    rows = load_from_disk(tmp_path / "rows")
+    trainer = make("DPO", tmp_path, rows, model, rows, learning_rate=1e-3, max_steps=8, **settings)
     told = trainer.evaluate()
     for kind in ("chosen", "rejected"):
         rows = list(trainer.eval_dataset)

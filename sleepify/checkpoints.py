@@ -28,13 +28,11 @@ from sleepify.files import discard, draft_of, read_tensors
 from sleepify.fingerprint import fingerprint
 from sleepify.loader import write_loader
 from sleepify.peft import check_complete
+from sleepify.settings import SETTINGS
 
 WEIGHTS = "fast_weights.safetensors"
 _HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-_PUSH = {
-    *("repo_id", "private", "token", "revision", "commit_message", "commit_description", "create_pr", "max_shard_size"),
-    "tags",
-}
+_PUSH = set("repo_id private token revision commit_message commit_description create_pr max_shard_size tags".split())
 # Files of an earlier push that would be loaded in the place of what is pushed now.
 _REPLACED = ["model*.safetensors", "model*.safetensors.index.json", "shard-*.safetensors", WEIGHTS]
 # What a quantized base says of itself, by which peft, trainers and saving go.
@@ -275,7 +273,8 @@ class SleepCheckpoint(PreTrainedModel):
             verify: read the weights through first and compare their digests with those that were saved
                 (docs/performance says what it takes); with False, only names, sizes and settings are compared.
             output_loading_info: return the model and what was missing or not expected, as a pair.
-            kwargs: others of ``PreTrainedModel.from_pretrained``.
+            kwargs: others of ``PreTrainedModel.from_pretrained``; without a ``config`` also how to sleep from now on
+                (``n_loops``, ``window_size``, ...).
 
         Raises:
             CheckpointError: for files that are damaged, not of one save, or do not fit their ``config.json``; for
@@ -284,7 +283,8 @@ class SleepCheckpoint(PreTrainedModel):
         name = pretrained_model_name_or_path
         hub = {key: kwargs[key] for key in _HUB if key in kwargs}
         if not isinstance(config, SleepConfig):
-            config = SleepConfig.from_pretrained(name if config is None else config, **hub)
+            changed = {setting: kwargs.pop(setting) for setting in SETTINGS if setting in kwargs}
+            config = SleepConfig.from_pretrained(name if config is None else config, **hub, **changed)
         if name is not None:
             _check(name, config, hub, verify)
         if config.fast_weights_only:

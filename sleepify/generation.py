@@ -94,6 +94,18 @@ class SleepGeneration(GenerationMixin):
                 cache.now = before
             raise
 
+    def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
+        """What ``generate_batch`` and servers of transformers begin with.
+
+        Raises:
+            ValueError: always: it shares out keys by pages, and knows nothing of states.
+        """
+        raise ValueError(
+            "expected generate() with a batch of prompts, got continuous batching (generate_batch, "
+            "use_transformers_continuous_batching), which shares out keys and knows nothing of states; for many "
+            "requests at once, run `sleepify serve`"
+        )
+
     def _check_marks(self, ids: Any, cache: Any, kwargs: dict[str, Any]) -> None:
         """See that the prompt's positions and types say what is so anyway, and take them out: no step needs them."""
         marks = Marks(**{name: kwargs.pop(name, None) for name in ("position_ids", "cache_position", "token_type_ids")})

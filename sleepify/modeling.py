@@ -37,10 +37,14 @@ from sleepify.schedule import schedule
 from sleepify.settings import Adaptive, Loops, Settings, check_positive, with_loops
 from sleepify.snapshot import Snapshot
 
-_INCIDENTAL = {"dtype", "torch_dtype", "architectures", "transformers_version", "_name_or_path", "use_cache"}
+# What of the base's configuration makes no other session. Trainers write their tokenizer's special tokens into it.
+_INCIDENTAL = {
+    *("dtype", "torch_dtype", "architectures", "transformers_version", "_name_or_path", "use_cache"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+}
 
-# Whole numbers, of which there is nothing to compile; torch 2.9 fails where it tries.
-_planned = torch.compiler.disable(schedule)
+# Whole numbers, of which there is nothing to compile; torch fails where it tries.
+_planned, _taken_in = torch.compiler.disable(schedule), torch.compiler.disable(Rows.of)
 
 
 class SleepForCausalLM(
@@ -71,6 +75,8 @@ class SleepForCausalLM(
     _supports_flex_attn = True
     _supports_attention_backend = True
     _no_split_modules = ["FastWeightLayer"]
+    # Nor are they to be quantized with the base: by this quantizers know what to leave.
+    _keep_in_fp32_modules = ["fast_weights"]
     _skip_keys_device_placement = ["past_key_values"]
 
     def __init__(self, config: SleepConfig, language_model: PreTrainedModel | None = None) -> None:
@@ -345,7 +351,7 @@ class SleepForCausalLM(
         read = None if cache is None else cache.text_lengths()
         asked = (call.attention_mask, call.labels, call.awake, call.logits_to_keep)
         vocabulary = self.config.text_config.vocab_size
-        tokens = Rows.of(input_ids, *asked, vocabulary, past, call.marks, read, call.ephemeral)
+        tokens = _taken_in(input_ids, *asked, vocabulary, past, call.marks, read, call.ephemeral)
         owner, window_size = self.owner_of(settings), settings.window_size
         if cache is None:
             return Snapshot.empty(owner, len(tokens.lengths), window_size, input_ids.device, kept), tokens

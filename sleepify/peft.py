@@ -3,7 +3,10 @@
 An adapter of a base is small because everybody has the base. Nobody has the inserted layers of a model that was made
 to sleep in memory: they are trained whole, saved with the adapter, and without them it is not loaded.
 
-peft is optional, and asks a model nothing before it changes it. So where it is installed, `register` goes before three
+They fit only the layers that they are of, and tensors do not tell after which layer of the base they were put. So an
+adapter's configuration says how its model slept, in a form that `sleepify` takes.
+
+peft is optional, and asks a model nothing before it changes it. So where it is installed, `register` goes before four
 of its functions, which do for every other model what they did.
 """
 
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 _INSERTED = "fast_weights"
+_SLEPT = "sleepify"
+_HOW = ("n_loops", "window_size", "eviction", "loop_range")
 _LINE = "sleepify.lora_config(model)"
 
 
@@ -67,12 +72,16 @@ def register() -> None:
         return
     import peft
     from peft import peft_model
+    from peft.config import PeftConfigMixin
     from peft.tuners.tuners_utils import BaseTuner
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
 
     # Shown to whoever asks; for a sleeping model itself, `_complete` is more exact.
     LORA_TARGETS["sleepify"] = "all-linear"
-    places: list[tuple[Any, str, Callable[..., Any]]] = [(BaseTuner, "inject_adapter", _inject)]
+    places: list[tuple[Any, str, Callable[..., Any]]] = [
+        (BaseTuner, "inject_adapter", _inject),
+        (PeftConfigMixin, "save_pretrained", _describe),
+    ]
     for module in (peft, peft_model):
         places += [(module, "get_peft_model_state_dict", _collect), (module, "set_peft_model_state_dict", _restore)]
     for place, name, ours in places:
@@ -98,6 +107,7 @@ def _inject(function: Callable[..., Any], tuner: Any, model: nn.Module, adapter_
     if not _sleeps(model):
         return function(tuner, model, adapter_name, *a, **k)
     config = tuner.peft_config[adapter_name]
+    _check_layers(config, model)
     _complete(config, model)
     result = function(tuner, model, adapter_name, *a, **k)
     if not config.inference_mode and _all_idle(model):
@@ -108,6 +118,26 @@ def _inject(function: Callable[..., Any], tuner: Any, model: nn.Module, adapter_
             stacklevel=2,
         )
     return result
+
+
+def _check_layers(config: Any, model: Any) -> None:
+    """See that a loaded adapter was trained with the inserted layers that the model has.
+
+    Raises:
+        CheckpointError: naming what differs, and what to do.
+    """
+    slept = (config.auto_mapping or {}).get(_SLEPT)
+    if slept is None:
+        return
+    then, now = slept[_INSERTED], model.config.fast_weights.to_dict()
+    names = sorted(then.keys() | now.keys())
+    if differing := [f"{n}={now.get(n)!r}, not {then.get(n)!r}" for n in names if now.get(n) != then.get(n)]:
+        trained_on = config.base_model_name_or_path
+        raise CheckpointError(
+            f"expected the inserted layers that the adapter was trained with, got {'; '.join(differing)}: load it onto "
+            + (f"the checkpoint that it was trained on ({trained_on}), or " if trained_on else "")
+            + f"sleepify(base, **peft.PeftConfig.from_pretrained(adapter).auto_mapping[{_SLEPT!r}])"
+        )
 
 
 def _complete(config: Any, model: Any) -> None:
@@ -167,13 +197,25 @@ def _collect(
     """The tensors of an adapter, with the inserted weights of a model that is in no checkpoint."""
     collected = function(model, state_dict, adapter_name, *a, **k)
     prefix, sleeping = _inside(model)
-    if sleeping is None or sleeping.name_or_path or model.peft_config[adapter_name].is_prompt_learning:
+    if sleeping is None:
+        return collected
+    # No field, so that the user's configuration still serves for another model.
+    config, settings = model.peft_config[adapter_name], sleeping.config
+    config._slept = {name: getattr(settings, name) for name in _HOW} | {_INSERTED: settings.fast_weights.to_dict()}
+    if sleeping.name_or_path or config.is_prompt_learning:
         return collected
     state = model.state_dict() if state_dict is None else state_dict
     for name, stored in _own_weights(sleeping):
         if prefix + name in state:
             collected.setdefault(prefix + stored, state[prefix + name])
     return collected
+
+
+def _describe(function: Callable[..., Any], config: Any, *a: Any, **k: Any) -> Any:
+    """Write an adapter's configuration, and into it how the model slept that the adapter is of."""
+    if (slept := getattr(config, "_slept", None)) is not None:
+        k["auto_mapping_dict"] = (k.get("auto_mapping_dict") or config.auto_mapping or {}) | {_SLEPT: slept}
+    return function(config, *a, **k)
 
 
 def _restore(

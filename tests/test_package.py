@@ -75,7 +75,7 @@ EDGES: dict[str, set[str]] = {
         *("keywords", "loss", "memory", "on_demand", "packing", "precision", "reading", "recompute", "rows"),
         *("schedule", "settings", "sleep", "snapshot"),
     },
-    "checkpoints": {"card", "config", "errors", "files", "fingerprint", "loader", "manifest", "peft"},
+    "checkpoints": {"card", "config", "errors", "files", "fingerprint", "loader", "manifest", "peft", "settings"},
     "recording": {"memory", "modeling", "schedule"},
     "probes": {
         *("convergence", "files", "generation", "memory", "modeling", "recording", "rows", "settings", "tasks"),

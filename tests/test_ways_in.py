@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import pytest
+from small import trainable
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
@@ -14,6 +16,7 @@ from benchmarks.facts import FIRST, PEOPLE, SURNAMES, document
 from benchmarks.objectives import Facts, Runs, write_results
 from sleepify.cli import generate
 from sleepify.conversation import front
+from sleepify.training import DatasetArguments, load_text
 from sleepify.training.text_format import Encoder
 
 WORDS = ["<end>", "<begin>", "one", "two", "three"]
@@ -82,3 +85,17 @@ def test_the_page_of_losses_is_made_of_the_runs_that_are_finished(tmp_path: Path
     page = (tmp_path / "docs" / "objectives.md").read_text(encoding="utf-8")
     assert "| distill | 2 | 7 | 3 | 4.00 (2.00-8.00) |" in page and "cross entropy |" not in page
     assert (tmp_path / "docs" / "objectives.png").stat().st_size > 1000
+
+
+def test_tokenising_shows_how_far_it_is(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"text": " ".join(["one", "two"] * (n + 3))}) for n in range(30)))
+    load_text(DatasetArguments(str(path), held_out=0), tokenizer(True), window_size=4)
+    assert re.search(r"tokenise: 100%.*30/30", capfd.readouterr().err)
+
+
+def test_batches_that_page_keys_are_refused_by_name() -> None:
+    """Without that, transformers logs a failure for every request, and hands back an empty dict."""
+    model = trainable().eval()
+    with pytest.raises(ValueError, match=r"expected generate\(\).*continuous batching.*sleepify serve"):
+        model.generate_batch([[5, 6, 7]], max_new_tokens=2)

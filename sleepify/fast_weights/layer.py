@@ -11,6 +11,7 @@ two bfloat16 numbers, and would be rounded away. It computes in the dtype of the
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -69,9 +70,25 @@ class FastWeightLayer(nn.Module):
 
         return super()._apply(kept, recurse)
 
+    def train(self, mode: bool = True) -> Self:
+        """As in torch; warns where somebody has cast what trains past `_apply` (DeepSpeed has float32 copies)."""
+        if mode and (narrow := next(filter(_would_round, self.parameters()), None)) is not None:
+            warnings.warn(
+                f"expected inserted layers of float32 to train, got {narrow.dtype}, in which steps are rounded away "
+                "where a weight is not small (TRL casts all that it trains on a quantized base): after the trainer is "
+                "made, write trainer.model.fast_weights.float()",
+                stacklevel=2,
+            )
+        return super().train(mode)
+
     def forward(
         self, hidden_states: Tensor, state: FastWeightState | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, FastWeightState]:
         """[B,T,D] -> [B,T,D] and the new state. ``state`` and ``lengths`` as in ``Mixer.forward``."""
         mixed, state = self.mixer(self.norm(hidden_states), state, lengths)
         return hidden_states + mixed, state
+
+
+def _would_round(parameter: Tensor) -> bool:
+    copied = hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+    return parameter.requires_grad and parameter.dtype != accumulation_dtype(parameter) and not copied

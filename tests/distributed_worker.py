@@ -67,6 +67,8 @@ class WorkerTrainer(SleepTrainer):
         if self.args.fsdp:
             state = self.accelerator.state
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            if self.args.bf16:
+                state.fsdp_plugin.set_mixed_precision("bf16")
             state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             self.is_fsdp_enabled = True
 
@@ -128,6 +130,19 @@ def float32_values(trainer: SleepTrainer) -> dict[str, torch.Tensor]:
     return values
 
 
+def note_states(trainer: SleepTrainer) -> set[str]:
+    """In what dtypes the inserted layers are handed their states from now on."""
+    dtypes = set[str]()
+
+    def note(_: torch.nn.Module, given: tuple[Any, ...]) -> None:
+        if given[1] is not None:
+            dtypes.add(str(given[1].recurrent.dtype))
+
+    for layer in trainer.accelerator.unwrap_model(trainer.model).fast_weights:
+        layer.register_forward_pre_hook(note)
+    return dtypes
+
+
 def run(scenario: dict[str, Any], root: Path, world: int) -> dict[str, Any]:
     """Train; losses, and what wrapped the model."""
     directory = root / scenario["name"]
@@ -135,6 +150,7 @@ def run(scenario: dict[str, Any], root: Path, world: int) -> dict[str, Any]:
         scenario = scenario | {"save_strategy": "steps", "save_steps": SAVED}
     start(scenario)
     trainer = build(scenario, directory, world)
+    states = note_states(trainer)
     code = 0
     try:
         trainer.train()
@@ -143,6 +159,7 @@ def run(scenario: dict[str, Any], root: Path, world: int) -> dict[str, Any]:
     result = {
         "losses": losses(trainer),
         "wrapped": type(trainer.model_wrapped).__name__,
+        "states": sorted(states),
         "nonfinite": trainer.nonfinite_steps,
         "code": code,
         "saved": sorted(os.listdir(directory)),

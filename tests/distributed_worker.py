@@ -1,9 +1,9 @@
 """What each process of a distributed test runs: a few training steps per scenario; losses into a file.
 
-A scenario is a dict: ``name``, ``sleep`` (fields of SleepConfig), ``accumulation``, ``resume`` (go on from step 3 in a
-new trainer), ``spoil`` and ``terminate`` (after so many steps the last rank has a loss that is not a number, or gets a
-SIGTERM), ``dtype`` (of the base; what was trained is saved, and the model), and any training argument. The tests call
-`run` themselves for what one process makes of the same rows.
+A scenario is a dict: ``name``, ``base`` (its family, if not Qwen3), ``sleep`` (fields of SleepConfig), ``accumulation``,
+``resume`` (go on from step 3 in a new trainer), ``spoil`` and ``terminate`` (after so many steps the last rank has a
+loss that is not a number, or gets a SIGTERM), ``dtype`` (of the base; what was trained is saved, and the model), and any
+training argument. The tests call `run` themselves for what one process makes of the same rows.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def build(scenario: dict[str, Any], directory: Path, world: int) -> SleepTrainer
     accumulation = scenario.pop("accumulation", 1)
     dtype = getattr(torch, scenario.pop("dtype", "float32"))
     torch.manual_seed(0)
-    base = tiny_base("qwen3", dtype, num_hidden_layers=2)
+    family = scenario.pop("base", None)
+    base = tiny_base("qwen3", dtype, num_hidden_layers=2) if family is None else tiny_base(family, dtype)
     model = sleeping(base, **({"n_loops": 2, "window_size": 6, "fast_weights": None} | sleep))
     arguments = {
         "output_dir": str(directory),

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
+from sleepify.hosts.window_cache import WindowCache
 from sleepify.training.arguments import SleepTrainingArguments
 
 _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -51,3 +53,26 @@ def autocast_under_fsdp(accelerator: Accelerator) -> Callable[[], AbstractContex
         return nullcontext
     plugin.mixed_precision_policy = None
     return partial(torch.autocast, accelerator.device.type, half)
+
+
+def give_memory_out(layers: Iterable[nn.Module]) -> None:
+    """Let layers of a base return what they leave in their cache, too, behind their hidden states.
+
+    FSDP2 gathers a layer for the backward pass when a gradient reaches what it returned. The first may come by way of
+    the state, or of keys, of a window that nothing else is asked of.
+
+    Args:
+        layers: not yet sharded.
+    """
+    for layer in layers:
+        # Before FSDP2 looks at what is returned.
+        layer.register_forward_hook(_with_memory, prepend=True, with_kwargs=True)
+
+
+def _with_memory(_: nn.Module, __: tuple[Any, ...], given: dict[str, Any], output: Any) -> Any:
+    cache = next((each for each in given.values() if isinstance(each, WindowCache)), None)
+    if cache is None:
+        return output
+    hidden = output[0] if isinstance(output, tuple) else output
+    left = (*cache.state, *(cache.kv or ()))
+    return hidden, *(each for each in left if each is not None)

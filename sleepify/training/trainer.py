@@ -35,7 +35,7 @@ from sleepify.training.optim import build_optimizer, idle_layers
 from sleepify.training.pushing import SleepPushes
 from sleepify.training.rounds import equalise, restore
 from sleepify.training.runs import describe_run, read_manifest, remove_drafts, whole_or_not_at_all, write_manifest
-from sleepify.training.sharding import autocast_under_fsdp, check_sharding
+from sleepify.training.sharding import autocast_under_fsdp, check_sharding, give_memory_out
 from sleepify.training.stopping import StopRequest
 from sleepify.training.text_data import TextRows
 from sleepify.training.zero import build_zero_optimizer
@@ -114,6 +114,8 @@ class SleepTrainer(SleepPushes):
         self._state_norms: dict[str, float] = {}
         self._config: Any = model.config
         self._sleeps = isinstance(model.config, SleepConfig)  # a baseline's plain model has no windows, no state
+        if self._sleeps and self.is_fsdp_enabled:
+            give_memory_out(sleeping_model(model).blocks.layers)
         if self._sleeps and args.torch_compile:
             # Layer by layer; Accelerate would wrap the whole model, whose loop over windows is no graph.
             self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")

@@ -1,9 +1,9 @@
 """What each process of a distributed test runs: a few training steps per scenario; losses into a file.
 
-A scenario is a dict: ``name``, ``base`` (its family, if not Qwen3), ``sleep`` (fields of SleepConfig), ``accumulation``,
-``resume`` (go on from step 3 in a new trainer), ``spoil`` and ``terminate`` (after so many steps the last rank has a
-loss that is not a number, or gets a SIGTERM), ``dtype`` (of the base; what was trained is saved, and the model), and any
-training argument. The tests call `run` themselves for what one process makes of the same rows.
+A scenario is a dict: ``name``, ``base`` (its family, if not Qwen3), ``sleep`` (fields of SleepConfig),
+``accumulation``, ``resume`` (go on from step 3 in a new trainer), ``spoil`` and ``terminate`` (after so many steps the
+last rank has a loss that is not a number, or gets a SIGTERM), ``dtype`` (of the base; what was trained is saved, and
+the model), and any training argument. The tests call `run` themselves for what one process makes of the same rows.
 """
 
 from __future__ import annotations

@@ -74,5 +74,4 @@ def _with_memory(_: nn.Module, __: tuple[Any, ...], given: dict[str, Any], outpu
     if cache is None:
         return output
     hidden = output[0] if isinstance(output, tuple) else output
-    left = (*cache.state, *(cache.kv or ()))
-    return hidden, *(each for each in left if each is not None)
+    return hidden, *cache.left()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import count
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from sleepify.memory import Memory
@@ -15,6 +18,9 @@ from sleepify.settings import Settings
 from sleepify.snapshot import Window
 
 T_ = TypeVar("T_")
+# Before, FSDP2 takes a layer for whole once a gradient has reached it, though it has been sharded again since: called
+# once more in the same backward pass, the layer would compute with its shards.
+_LAYERS_ARE_WHOLE = torch.__version__ >= torch.torch_version.TorchVersion("2.11")
 _HOLDERS = (Tensor, Memory, Window)
 # What takes long for what it leaves: projections, by whatever name, and attention. Products inside the chunks of a
 # recurrence are small and leave much.
@@ -43,7 +49,32 @@ def recompute(settings: Settings, level: str, function: Callable[..., T_], *argu
     how: dict[str, Any] = {}
     if selective:
         how["context_fn"] = partial(create_selective_checkpoint_contexts, _KEPT)
-    return checkpoint(lambda _: function(*arguments), list(shown.values()), use_reentrant=False, **how)
+    calls = count()
+
+    def call(_: Any) -> T_:
+        with _whole_layers() if next(calls) else nullcontext():
+            return function(*arguments)
+
+    return checkpoint(call, list(shown.values()), use_reentrant=False, **how)
+
+
+@contextmanager
+def _whole_layers() -> Iterator[None]:
+    """While a backward pass calls layers again: those that FSDP2 has sharded are made whole before."""
+    if _LAYERS_ARE_WHOLE or not (distributed.is_available() and distributed.is_initialized()):
+        yield
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    def unshard(module: nn.Module, _: Any) -> None:
+        if isinstance(module, FSDPModule):
+            module.unshard()
+
+    hook = register_module_forward_pre_hook(unshard)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class SleepRecompute:

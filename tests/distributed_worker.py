@@ -1,9 +1,9 @@
 """What each process of a distributed test runs: a few training steps per scenario; losses into a file.
 
-A scenario is a dict: ``name``, ``sleep`` (fields of SleepConfig), ``accumulation``, ``resume`` (go on from step 3 in a
-new trainer), ``spoil`` and ``terminate`` (after so many steps the last rank has a loss that is not a number, or gets a
-SIGTERM), ``dtype`` (of the base; what was trained is saved, and the model), and any training argument. The tests call
-`run` themselves for what one process makes of the same rows.
+A scenario is a dict: ``name``, ``base`` (its family, if not Qwen3), ``sleep`` (fields of SleepConfig),
+``accumulation``, ``resume`` (go on from step 3 in a new trainer), ``spoil`` and ``terminate`` (after so many steps the
+last rank has a loss that is not a number, or gets a SIGTERM), ``dtype`` (of the base; what was trained is saved, and
+the model), and any training argument. The tests call `run` themselves for what one process makes of the same rows.
 """
 
 from __future__ import annotations
@@ -67,6 +67,8 @@ class WorkerTrainer(SleepTrainer):
         if self.args.fsdp:
             state = self.accelerator.state
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            if self.args.bf16:
+                state.fsdp_plugin.set_mixed_precision("bf16")
             state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             self.is_fsdp_enabled = True
 
@@ -79,7 +81,8 @@ def build(scenario: dict[str, Any], directory: Path, world: int) -> SleepTrainer
     accumulation = scenario.pop("accumulation", 1)
     dtype = getattr(torch, scenario.pop("dtype", "float32"))
     torch.manual_seed(0)
-    base = tiny_base("qwen3", dtype, num_hidden_layers=2)
+    family = scenario.pop("base", None)
+    base = tiny_base("qwen3", dtype, num_hidden_layers=2) if family is None else tiny_base(family, dtype)
     model = sleeping(base, **({"n_loops": 2, "window_size": 6, "fast_weights": None} | sleep))
     arguments = {
         "output_dir": str(directory),
@@ -128,6 +131,19 @@ def float32_values(trainer: SleepTrainer) -> dict[str, torch.Tensor]:
     return values
 
 
+def note_states(trainer: SleepTrainer) -> set[str]:
+    """In what dtypes the inserted layers are handed their states from now on."""
+    dtypes = set[str]()
+
+    def note(_: torch.nn.Module, given: tuple[Any, ...]) -> None:
+        if given[1] is not None:
+            dtypes.add(str(given[1].recurrent.dtype))
+
+    for layer in trainer.accelerator.unwrap_model(trainer.model).fast_weights:
+        layer.register_forward_pre_hook(note)
+    return dtypes
+
+
 def run(scenario: dict[str, Any], root: Path, world: int) -> dict[str, Any]:
     """Train; losses, and what wrapped the model."""
     directory = root / scenario["name"]
@@ -135,6 +151,7 @@ def run(scenario: dict[str, Any], root: Path, world: int) -> dict[str, Any]:
         scenario = scenario | {"save_strategy": "steps", "save_steps": SAVED}
     start(scenario)
     trainer = build(scenario, directory, world)
+    states = note_states(trainer)
     code = 0
     try:
         trainer.train()
@@ -143,6 +160,7 @@ def run(scenario: dict[str, Any], root: Path, world: int) -> dict[str, Any]:
     result = {
         "losses": losses(trainer),
         "wrapped": type(trainer.model_wrapped).__name__,
+        "states": sorted(states),
         "nonfinite": trainer.nonfinite_steps,
         "code": code,
         "saved": sorted(os.listdir(directory)),

@@ -12,9 +12,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 from distributed_worker import run, run_all
-from families import tokens, true_float64
+from families import tiny_base, tokens, true_float64
 from forked import on_two_ranks
-from small import trainable
+from small import sleeping, trainable
 from tolerances import DISTRIBUTED, DISTRIBUTED_MUON, EXACT_GRAD, assert_close
 
 from sleepify import FastWeightConfig
@@ -22,6 +22,7 @@ from sleepify.training import SleepCollator, SleepTrainer, SleepTrainingArgument
 from sleepify.training.objective_arguments import ObjectiveArguments
 from sleepify.training.objectives import Objectives
 from sleepify.training.optim import build_deepspeed_optimizer
+from sleepify.training.sharding import give_memory_out
 
 FSDP = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer", "FastWeightLayer"]}}
 AUTO = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
@@ -50,6 +51,8 @@ RUNS = {
     "muon_frozen": MUON | FROZEN,
     "mixed": MIXED,
     "losses": ADAMW | LOSSES,
+    # Layers of the base have the state, and the last of a sleep leaves nothing else that is used.
+    "hybrid": ADAMW | {"base": "jet_nemotron"},
 }
 WRAPPERS = {
     "ddp": "DistributedDataParallel",
@@ -75,7 +78,10 @@ def on_two_processes(directory, scenarios):
 
 
 def scenario(mode, name, **more):
-    return {"name": f"{mode}-{name}", **RUNS[name], **MODES[mode], **more}
+    made = {"name": f"{mode}-{name}", **RUNS[name], **MODES[mode], **more}
+    if mode == "fsdp2" and "base" in made:
+        made["fsdp_config"] = {"transformer_layer_cls_to_wrap": ["JetNemotronDecoderLayer"]}
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +94,7 @@ def one(tmp_path_factory):
 
 PLAN = {
     "ddp": {"adamw": {"resume": True}, "muon_frozen": {}, "losses": {}},
-    "fsdp2": {"muon": {"resume": True}, "adamw_frozen": {}, "mixed": {}, "losses": {}},
+    "fsdp2": {"muon": {"resume": True}, "adamw_frozen": {}, "mixed": {}, "losses": {}, "hybrid": {}},
     "zero2": {"adamw": {"resume": True}, "muon_frozen": {}},
     "zero3": {"muon": {"resume": True}, "adamw_frozen": {}, "losses": {}},
 }
@@ -255,3 +261,29 @@ def test_ranks_call_the_same_layers_for_all_losses(monkeypatch, losses):
         before = [of(batch) for batch in batches]
         after = [of(rounds.equalise(batch, 8, objectives.tells_last_sleeps)) for batch in batches]
     assert_equal_calls(before, after)
+
+
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+def test_layers_return_the_memory_that_they_make(eviction):
+    model, ids = sleeping(tiny_base("jet_nemotron"), eviction=eviction, fast_weights=None), tokens(2, 21)
+    expected = model(ids).logits
+    give_memory_out(model.blocks.layers)
+    held, returned = {}, []
+
+    def tensors(keywords):
+        cache = keywords["past_key_values"]
+        return [each for each in (*cache.state, *(cache.kv or ())) if each is not None]
+
+    def before(layer, _, keywords):
+        held[layer] = tensors(keywords)
+
+    def after(layer, _, keywords, output):
+        made = [each for each in tensors(keywords) if all(each is not given for given in held[layer])]
+        assert all(one is other for one, other in zip(output[1:], made, strict=True))
+        returned.append((len(held[layer]), len(made)))
+
+    for layer in model.blocks.layers:
+        layer.register_forward_pre_hook(before, with_kwargs=True)
+        layer.register_forward_hook(after, with_kwargs=True)
+    assert torch.equal(model(ids).logits, expected)
+    assert {(0, 2), (2, 2)} <= set(returned)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import metadata
+
 import pytest
 import torch
 
@@ -27,7 +29,7 @@ def test_the_command_reports_versions_operations_and_families(capsys):
     lines = capsys.readouterr().out.splitlines()
     fields = {words[0]: " ".join(words[1:]) for line in lines if (words := line.split())}
     assert fields["sleepify"] == __version__
-    assert fields["torch"] == torch.__version__
+    assert fields["torch"] == metadata.version("torch")
     for name, how in describe().items():
         operation, device = name.split(" on ")
         if device == ("cuda" if torch.cuda.is_available() else "cpu"):

@@ -12,7 +12,7 @@ import torch
 from families import randomise, tiny_base, tokens
 from safetensors.torch import load_file
 from test_distributed import AUTO, FROZEN, FSDP, WRAPPERS, on_two_processes
-from tolerances import BFLOAT16, ONE_ROUNDING, ROUNDING32, USES_BFLOAT16
+from tolerances import BFLOAT16, DISTRIBUTED_BFLOAT16, ONE_ROUNDING, ROUNDING32, USES_BFLOAT16, assert_close
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -416,3 +416,12 @@ def test_a_cast_may_go_while_another_thread_computes():
     layer, x = Going(6, 4, bias=False), torch.randn(3, 6).bfloat16()
     with torch.no_grad():
         assert torch.equal(layer(x), F.linear(x, layer.weight.bfloat16()))
+
+
+def test_bf16_under_fsdp2_is_autocast_that_leaves_states_and_losses_alone(tmp_path):
+    how = {"optimizer": "adamw", "adamw_learning_rate": 1e-4, "bf16": True}
+    results = on_two_processes(tmp_path, [{"name": mode, **how, **MODES[mode]} for mode in ("ddp", "fsdp2")])
+    losses = {mode: torch.tensor(result["losses"]) for mode, result in results.items()}
+    assert all(result["states"] == ["torch.float32"] for result in results.values())
+    assert not torch.equal(losses["fsdp2"], losses["fsdp2"].bfloat16().float())
+    assert_close(losses["fsdp2"], losses["ddp"], DISTRIBUTED_BFLOAT16)

@@ -51,7 +51,7 @@ class WindowCache(Cache):
         self.place = place
         self.before = _NOTHING if state is None else state
         self.state = self.before
-        self.kv = kv
+        self.kv = self._kv_before = kv
         self._lent: Tensor | None = None
 
     @property
@@ -125,6 +125,12 @@ class WindowCache(Cache):
                 )
             return LayerState(self.state.conv, self._lent)
         return None if self.state is self.before else self.state
+
+    def left(self) -> tuple[Tensor, ...]:
+        """State, keys and values that the pass has made, without those that it was given."""
+        kv = () if self.kv is None or self.kv is self._kv_before else self.kv
+        state = (new for new, old in zip(self.state, self.before, strict=True) if new is not old and new is not None)
+        return (*state, *kv)
 
     def update_conv_state(
         self,

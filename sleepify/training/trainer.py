@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -35,6 +35,7 @@ from sleepify.training.optim import build_optimizer, idle_layers
 from sleepify.training.pushing import SleepPushes
 from sleepify.training.rounds import equalise, restore
 from sleepify.training.runs import describe_run, read_manifest, remove_drafts, whole_or_not_at_all, write_manifest
+from sleepify.training.sharding import autocast_under_fsdp, check_sharding, give_memory_out
 from sleepify.training.stopping import StopRequest
 from sleepify.training.text_data import TextRows
 from sleepify.training.zero import build_zero_optimizer
@@ -103,7 +104,8 @@ class SleepTrainer(SleepPushes):
         self._draft_directory: Path | None = None
         self._loss_only = False
         super().__init__(model, args, **kwargs)
-        self._check_sharding()
+        check_sharding(self.args, self.accelerator)
+        self._autocast = autocast_under_fsdp(self.accelerator)
         self.nonfinite_steps = 0
         self._nonfinite_in_a_row = 0
         self._loss_is_bad = torch.zeros((), dtype=torch.bool, device=args.device)
@@ -112,6 +114,8 @@ class SleepTrainer(SleepPushes):
         self._state_norms: dict[str, float] = {}
         self._config: Any = model.config
         self._sleeps = isinstance(model.config, SleepConfig)  # a baseline's plain model has no windows, no state
+        if self._sleeps and self.is_fsdp_enabled:
+            give_memory_out(sleeping_model(model).blocks.layers)
         if self._sleeps and args.torch_compile:
             # Layer by layer; Accelerate would wrap the whole model, whose loop over windows is no graph.
             self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
@@ -121,17 +125,6 @@ class SleepTrainer(SleepPushes):
         self._run = describe_run(model, args, self.train_dataset)
         self._progress: dict[str, Any] = {}
         self.add_callback(_RestoreProgress(self))
-
-    def _check_sharding(self) -> None:
-        """Accelerate shards on accelerators only, and elsewhere quietly replicates."""
-        chosen = self.accelerator.distributed_type
-        for name in ("fsdp", "deepspeed"):
-            asked = getattr(self.args, name) or os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true"
-            if asked and chosen.value != name.upper():
-                raise ValueError(
-                    f"expected {name} to be available, but Accelerate chose {chosen.value} here and would quietly "
-                    f"train without it; launch on several accelerators, or drop {name}"
-                )
 
     # --- data and optimiser ----------------------------------------------------------------------------------------
 
@@ -212,6 +205,10 @@ class SleepTrainer(SleepPushes):
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kw)
         finally:
             self._loss_only = False
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
+        """Around every call of the model: autocast where Accelerate sees to none."""
+        return self._autocast()
 
     def _logs_after_this_step(self) -> bool:
         return (self.state.global_step + 1) % max(1, int(self.state.logging_steps)) == 0

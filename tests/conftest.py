@@ -9,9 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from benchmarks import flows
+
+# The same examples in every run, so that a change is what a failure is due to; `--hypothesis-profile default` draws
+# others. Times are no tests.
+settings.register_profile("suite", derandomize=True, deadline=None)
+settings.load_profile("suite")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -21,7 +21,7 @@ from sleepify.cli import main
 from sleepify.convergence import unrest
 
 N = 8
-SETTINGS = settings(max_examples=10, deadline=None, derandomize=True)
+SETTINGS = settings(max_examples=10)
 EVICTION = pytest.mark.parametrize("eviction", ["hard", "sliding"])
 
 

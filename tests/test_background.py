@@ -73,7 +73,7 @@ def assert_close_sessions(mine: SleepCache, theirs: SleepCache, tolerance=EXACT)
 # --- the definition ---------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 9), st.lists(st.integers(1, 4), max_size=3), st.integers(0, 3), st.integers(1, 7))
 def test_it_is_the_sleep_at_the_token_where_it_was_asked_for(model, before, pieces, done_after, after):
     """Texts of any length, some of it before the sleep is done, in any number of calls."""

@@ -21,7 +21,7 @@ def exactly():
         yield
 
 
-SETTINGS = settings(max_examples=12, deadline=None, derandomize=True)
+SETTINGS = settings(max_examples=12)
 EVICTION = st.sampled_from(["hard", "sliding"])
 
 

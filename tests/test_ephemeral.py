@@ -29,7 +29,7 @@ IGNORE = -100
 
 @pytest.fixture(autouse=True, scope="module")
 def exactly():
-    # Where transformers' norms round to float32, a last bit decides now and then which way: 1e-7 for one row in thousands.
+    # Where norms of transformers round to float32, a last bit decides which way, once in thousands of rows: 1e-7.
     with true_float64():
         yield
 
@@ -93,7 +93,7 @@ def texts(draw, longest=14):
 # --- equal to the session that never read them ------------------------------------------------------------------------
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(texts())
 def test_once_slept_the_session_never_read_them(model, row):
     text, flags, pieces = row
@@ -183,7 +183,7 @@ def test_sleep_drops_them_where_nothing_else_is_open(model):
 # --- awake ------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.booleans(), min_size=1, max_size=4), st.booleans())
 def test_awake_they_are_tokens_like_others(model, flags, slept):
     """In an open window that has room for all of them, logits and memory are what plain reading gives."""
@@ -210,7 +210,7 @@ def test_more_of_them_than_a_window_holds():
         assert_close(narrow, model(text).logits, EXACT)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(texts(), st.booleans())
 def test_pieces_do_not_matter(model, row, fixed):
     text, flags, pieces = row
@@ -224,7 +224,7 @@ def test_pieces_do_not_matter(model, row, fixed):
         assert other.now.ephemeral == whole.now.ephemeral
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(texts(longest=9), min_size=2, max_size=3), st.lists(texts(longest=7), min_size=3, max_size=3))
 def test_a_batch_is_its_rows(model, rows, more):
     """Ephemeral in other columns per row, padded, called twice, slept in some rows only."""
@@ -464,7 +464,7 @@ def test_texts_packed_into_a_row_have_them_too(model):
 # --- the schedule -----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_ordinary_tokens_alone_fill_windows(data):
     """The sleeps of a row are where they would be without the others, which are taken with those before them."""

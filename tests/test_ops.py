@@ -84,7 +84,7 @@ def assert_same(
 
 
 @pytest.mark.parametrize("rule", RULES)
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(
     n_tokens=st.one_of(st.integers(1, 200), st.sampled_from([1, 2, 31, 32, 33, 63, 64, 65, 75, 130])),
     with_state=st.booleans(),

@@ -63,7 +63,7 @@ def replay(window, opened, lengths, wanted, keep, plan):
     return slept, done, asked, awake_to
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(batches(), st.booleans(), st.booleans(), st.booleans())
 def test_every_wanted_token_is_read_awake_once_and_nothing_else_is_done(batch, keep, mixes, may_share):
     window, opened, lengths, wanted = batch
@@ -80,7 +80,7 @@ def test_every_wanted_token_is_read_awake_once_and_nothing_else_is_done(batch, k
         assert not (keep and length) or awake_to[row] == length
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(batches(), st.integers(1, 3))
 def test_gradient_flows_through_the_last_sleeps_of_every_row(batch, kept):
     window, opened, lengths, wanted = batch
@@ -94,7 +94,7 @@ def test_gradient_flows_through_the_last_sleeps_of_every_row(batch, kept):
         assert gradient == [len(gradient) - n <= kept for n in range(len(gradient))], row
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(batches(), st.booleans())
 def test_all_tokens_wanted_is_every_token_wanted(batch, keep):
     window, opened, lengths, wanted = batch

@@ -10,8 +10,9 @@ import peft
 import pytest
 import torch
 from families import tiny_base, tokens
+from quantized import SIZES, each_way, quantization
 from small import sleeping
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+from transformers import AutoModelForCausalLM
 
 from sleepify import CheckpointError, FastWeightConfig, SleepForCausalLM, lora_config, sleepify
 
@@ -103,23 +104,10 @@ def test_a_configuration_may_serve_several_models_and_an_adapter_of_before_says_
     assert "sleepify" not in (tmp_path / "base" / "adapter_config.json").read_text()
 
 
-@pytest.mark.parametrize(
-    "bits",
-    [
-        pytest.param("8 bits", marks=pytest.mark.flow("bitsandbytes, 8 bits")),
-        pytest.param("4 bits", marks=pytest.mark.flow("bitsandbytes, 4 bits")),
-        pytest.param("torchao", marks=pytest.mark.flow("torchao, int8")),
-    ],
-)
+@each_way
 def test_a_sleeping_checkpoint_that_is_loaded_quantized_keeps_its_inserted_layers(tmp_path, bits):
-    if bits == "torchao":
-        quantization = pytest.importorskip("torchao.quantization", reason="torchao is optional")
-        how = TorchAoConfig(quantization.Int8WeightOnlyConfig())
-    else:
-        pytest.importorskip("bitsandbytes", reason="bitsandbytes is optional")
-        how = BitsAndBytesConfig(**{f"load_in_{bits[0]}bit": True})
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 32, "vocab_size": 128}
-    saved = sleeping(tiny_base("qwen3", torch.float32, **sizes), fast_weights=FastWeightConfig(rule="jet", layers=[1]))
+    how = quantization(bits)
+    saved = sleeping(tiny_base("qwen3", torch.float32, **SIZES), fast_weights=FastWeightConfig(rule="jet", layers=[1]))
     saved.save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=how, device_map="cpu")
     for (name, mine), theirs in zip(

@@ -9,11 +9,12 @@ import pytest
 import torch
 from families import VOCAB, tiny_base, tokens
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from quantized import SIZES, each_way, quantization
 from safetensors.torch import load_file, save_file
 from small import sleeping
 from tolerances import EXACT, FLOAT32, assert_close
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+from transformers import AutoModelForCausalLM
 
 import sleepify as package
 from sleepify import CheckpointError, FastWeightConfig, SleepForCausalLM, lora_config, sleepify
@@ -293,24 +294,11 @@ def test_a_quantized_head_gets_hidden_states_as_they_are():
     assert model(input_ids=ids, labels=ids).loss.isfinite()
 
 
-@pytest.mark.parametrize(
-    "bits",
-    [
-        pytest.param("8 bits", marks=pytest.mark.flow("bitsandbytes, 8 bits")),
-        pytest.param("4 bits", marks=pytest.mark.flow("bitsandbytes, 4 bits")),
-        pytest.param("torchao", marks=pytest.mark.flow("torchao, int8")),
-    ],
-)
+@each_way
 def test_a_quantized_base_learns_by_adapters(tmp_path, bits):
     """As far as a CPU can show it: loaded, checked, trained, saved, loaded again."""
-    if bits == "torchao":
-        quantization = pytest.importorskip("torchao.quantization", reason="torchao is optional")
-        how = TorchAoConfig(quantization.Int8WeightOnlyConfig(), include_input_output_embeddings=True)
-    else:
-        pytest.importorskip("bitsandbytes", reason="bitsandbytes is optional")
-        how = BitsAndBytesConfig(**{f"load_in_{bits[0]}bit": True})
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 32, "vocab_size": 128}
-    tiny_base("qwen3", torch.float32, **sizes).save_pretrained(tmp_path / "base")
+    how = quantization(bits, include_input_output_embeddings=True)
+    tiny_base("qwen3", torch.float32, **SIZES).save_pretrained(tmp_path / "base")
 
     def quantized():
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=how, device_map="cpu")

@@ -205,6 +205,19 @@ SETTINGS: dict[str, Setting] = {
             changes={"question_first": True},
             seeds=(0,),
         ),
+        Setting(
+            "gsm_inf_one_window",
+            "GSM-Infinite in few words, most of the text in one window",
+            GSM.replace("36 to 105 tokens", "64 to 76 tokens (distractors fill them up)").replace(
+                "windows of 24 that are evicted", "windows of 48: the first is evicted, the end of the text is not"
+            )
+            + " The question comes last.",
+            "gsm_inf_base.yaml",
+            "gsm_inf_small.yaml",
+            ("n4", "n1", "full"),
+            changes={"target_tokens": (64, 76)},
+            tuned_changes={"window_size": 48},
+        ),
         # Defined, and tried at a few steps by the tests; no run of it has been made yet.
         Setting(
             "hops8_ablations",

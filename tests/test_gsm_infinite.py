@@ -360,6 +360,13 @@ def test_the_target_is_met_as_the_tokenizer_counts(target: tuple[int, int]) -> N
             task.problem(index).check()
 
 
+def test_a_problem_that_no_sentence_fits_is_drawn_again() -> None:
+    fields = {"operations": range(2, 9), "depth": 2, "modes": ["forward"], "vocabulary": [PETS], "size": (2, 2)}
+    task = GsmInfinite(**fields, question_first=False, tokenizer=WordTokenizer([PETS]), target_tokens=(64, 76))
+    # Number 296 has room for 12 tokens; of the few sentences that the theme can add, none is so short.
+    assert 64 <= len(task.example(296).input_ids) <= 76
+
+
 def test_qwen_rows_have_the_papers_lengths(qwen: Any) -> None:
     task = GsmInfinite(target_tokens=(2000, 3300), tokenizer=qwen)
     lengths = [len(task.example(index).input_ids) for index in range(25)]

@@ -232,6 +232,9 @@ class GsmInfinite:
                 else:
                     misfits += 1
             else:
+                if length < low and misfits:
+                    # There were sentences, none that the limits have room for: another problem may be luckier.
+                    return None
                 if not low or length < low:
                     raise ValueError(
                         f"theme {bare.theme!r} has noise names for {len(taken)} sentences, too few for {goal} tokens"

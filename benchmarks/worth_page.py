@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -14,8 +15,9 @@ from benchmarks.arms import ARMS, CONFIGS, SETTINGS, Arm, Setting
 from benchmarks.report import Part, write_page
 from benchmarks.statistic import mcnemar, over_seeds, spread
 from benchmarks.worth_costs import Cost
-from benchmarks.worth_runs import FINISHED, MODELS, Run, finished
+from benchmarks.worth_runs import FINISHED, MODELS, Run, finished, words_of
 from sleepify.files import written_beside
+from sleepify.tasks.gsm_infinite import GsmInfinite, solve
 from sleepify.training import recipe
 from sleepify.training.data import Task
 from sleepify.training.model_arguments import load_tokenizer
@@ -174,8 +176,7 @@ def task_of(setting: Setting, arm: Arm, seed: int) -> tuple[Task, int]:
     """The test of an arm, and the window in which its rows are read."""
     reads = {name: value for name, value in arm.changes.items() if name in READING}
     changes = {"task_seed": seed, **setting.changes, **setting.tuned_changes, **reads}
-    words = [word for name, value in changes.items() for word in (f"--{name}", str(value))]
-    parsed = recipe.parse(None, [str(CONFIGS / setting.config), *words])
+    parsed = recipe.parse(None, [str(CONFIGS / setting.config), *words_of(changes)])
     assert not isinstance(parsed.task, recipe.DatasetArguments)
     tokenizer = load_tokenizer(parsed.model) if parsed.task.reads_text else None
     return parsed.task.build(test=True, tokenizer=tokenizer), parsed.sleep.settings()["window_size"]
@@ -190,27 +191,68 @@ def text_of(setting: Setting, arm: Arm, seed: int) -> list[int]:
 
 def evictions_part(setting: Setting) -> Part | None:
     """Accuracy by how many windows a sleeping model has evicted when it answers; None where that is one number."""
+
+    def evicted(task: Task, index: int, window: int) -> list[int]:
+        return [(query.start - 1) // window for query in task.example(index, "test").queries]
+
+    return _grouped_part(
+        setting,
+        "by evictions",
+        "The same answers by the number of windows that the sleeping model has evicted when it gives them (its rows; "
+        "the other arms answer the same queries), all difficulties together.",
+        "{} evicted",
+        evicted,
+    )
+
+
+def chains_part(setting: Setting) -> Part | None:
+    """Accuracy by how many sentences of a problem must be gone through one after the other; None for other tasks."""
+
+    def chain(task: Task, index: int, _: int) -> list[int]:
+        if not isinstance(task, GsmInfinite):
+            return [0]
+        problem = task.problem(index, "test")
+        return [solve(problem.problem, problem.question).chain]
+
+    return _grouped_part(
+        setting,
+        "by chain",
+        "The same answers by the longest chain of sentences, each of which needs the one before, that an answer ends: "
+        "what a model with few layers cannot look up all at once.",
+        "chain of {}",
+        chain,
+    )
+
+
+def _grouped_part(
+    setting: Setting, title: str, text: str, column: str, groups_of: Callable[[Task, int, int], list[int]]
+) -> Part | None:
+    """Accuracy by a property of the queries; None where all have the same.
+
+    Args:
+        setting: whose arms.
+        title, text: of the part.
+        column: heading of a group, with a place for its number.
+        groups_of: the groups of a row's queries, of the task, the row's number and the window.
+    """
     found = arms_of(setting)
     by_seed: dict[int, list[int]] = {}
     for run in (run for runs in found.values() for run in runs if run.seed not in by_seed):
         task, window = task_of(setting, ARMS[OURS], run.seed)
-        rows = (task.example(index, "test") for index in range(run.report.n_examples))
-        by_seed[run.seed] = [(query.start - 1) // window for row in rows for query in row.queries]
-    numbers = sorted({number for evicted in by_seed.values() for number in evicted})
-    if len(numbers) == 1:
+        rows = range(run.report.n_examples)
+        by_seed[run.seed] = [group for index in rows for group in groups_of(task, index, window)]
+    counts = Counter(group for groups in by_seed.values() for group in groups)
+    numbers = sorted(counts)
+    if len(numbers) < 2:
         return None
-    part = Part(
-        f"{setting.title}: by evictions",
-        "The same answers by the number of windows that the sleeping model has evicted when it gives them (its rows; "
-        "the other arms answer the same queries), all difficulties together.",
-        ["arm", "seeds", *(f"{number} evicted" for number in numbers)],
-    )
+    headings = [f"{column.format(number)} ({counts[number]:,})" for number in numbers]
+    part = Part(f"{setting.title}: {title}", f"{text} In brackets: queries, of all seeds.", ["arm", "seeds", *headings])
     for name, runs in found.items():
         cells = []
         for number in numbers:
             answered = [
-                [int(digit) for digit, gone in zip(run.report.answered[0], by_seed[run.seed], strict=True)
-                 if gone == number] for run in runs
+                [int(digit) for digit, group in zip(run.report.answered[0], by_seed[run.seed], strict=True)
+                 if group == number] for run in runs
             ]  # fmt: skip
             cells.append(spread(*over_seeds([statistics.mean(digits) for digits in answered])))
         part.rows.append([ARMS[name].label, str(len(runs)), *cells])
@@ -252,8 +294,8 @@ def write(docs: Path) -> None:
     for setting in SETTINGS.values():
         if arms_of(setting):
             plot(setting, docs / f"worth_{setting.name}.png")
-            made = (result_part(setting), evictions_part(setting), any_n_part(setting), cost_part(setting))
-            parts += [part for part in made if part is not None]
+            made = (result_part, evictions_part, chains_part, any_n_part, cost_part)
+            parts += [part for make in made if (part := make(setting)) is not None]
     page = docs / "worth.md"
     write_page(page, title="What sleep is worth", command="python -m benchmarks.worth", intro=INTRODUCTION, parts=parts)
     print(page.read_text(encoding="utf-8"))

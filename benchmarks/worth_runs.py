@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -111,7 +111,7 @@ def train(setting: Setting, name: str, seed: int, config: str, changes: dict[str
         }
         if any(folder.glob("checkpoint-*")):
             options["resume_from_checkpoint"] = "latest"
-        result = recipe.run(None, [str(CONFIGS / config), *_words(options)])
+        result = recipe.run(None, [str(CONFIGS / config), *words_of(options)])
         assert result.report is not None and result.curve
         run = Run(
             setting=setting.name,
@@ -135,7 +135,7 @@ def is_done(setting: Setting, name: str, seed: int) -> bool:
     return file_of(setting.name, name, seed).exists() and (not name.startswith(BASE) or weights.exists())
 
 
-def _words(options: dict[str, Any]) -> list[str]:
+def words_of(options: Mapping[str, Any]) -> list[str]:
     """Fields as a command line has them."""
     words: list[str] = []
     for name, value in options.items():

@@ -85,6 +85,8 @@ class SleepCheckpoint(PreTrainedModel):
             ValueError: for a file in the place of the directory; with ``fast_weights_only``, for no inserted layers.
         """
         directory = Path(save_directory)
+        # Names as the modules have them: trainers resume by `load_state_dict`, which knows no others.
+        kwargs.setdefault("save_original_format", False)
         hub = {name: kwargs.pop(name) for name in _PUSH - {"max_shard_size"} if name in kwargs}
         if directory.is_file():
             raise ValueError(f"expected a directory to save to, got the file {directory}")
@@ -166,12 +168,8 @@ class SleepCheckpoint(PreTrainedModel):
             )
 
     def _save_alone(self, draft: Path, state_dict: dict[str, Tensor]) -> None:
-        tensors = {
-            name: tensor.detach().cpu().contiguous()
-            for name, tensor in state_dict.items()
-            if name.startswith("fast_weights.")
-        }
-        save_file(tensors, draft / WEIGHTS, metadata={"format": "pt"})
+        own = {name: tensor.detach().cpu() for name, tensor in state_dict.items() if name.startswith("fast_weights.")}
+        save_file({name: each.contiguous() for name, each in own.items()}, draft / WEIGHTS, metadata={"format": "pt"})
         config = SleepConfig.from_dict(self.config.to_dict())
         config.fast_weights_only, config.dtype = True, self.dtype
         config.architectures = [type(self).__name__]

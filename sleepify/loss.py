@@ -57,16 +57,18 @@ def cross_entropy(asked: Asked) -> Tensor:
     return total / (asked.count.to(total.device) if isinstance(asked.count, Tensor) else asked.count)
 
 
-def rooted(loss: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
+def rooted(loss: Tensor, parameters: Iterable[nn.Parameter], was_read: bool) -> Tensor:
     """A loss that gradient can flow back from, also where nothing is predicted: then it is 0 for all that is trained.
 
-    A batch without a label is not read at all, and of a frozen base not even the head would be in the graph.
+    A batch without a label is not read at all. Head and norm alone would be in the graph, of a frozen base not even
+    they, and DDP would wait for ever for the gradients of the rest.
 
     Args:
         loss: [].
         parameters: of the model.
+        was_read: whether anything was.
     """
-    if loss.requires_grad or not torch.is_grad_enabled():
+    if loss.requires_grad and was_read or not torch.is_grad_enabled():
         return loss
     return loss + sum(0.0 * each.reshape(-1)[:1].sum().to(loss) for each in parameters if each.requires_grad)
 

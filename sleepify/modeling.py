@@ -291,7 +291,7 @@ class SleepForCausalLM(
         context = (input_ids, attention_mask, past_key_values, n_loops, marks, awake, ephemeral)
         reading = self._read(Call(*context, use_cache, labels, logits_to_keep))
         loss, logits = reading.predict(num_items_in_batch, check_positive("loss_pieces", loss_pieces))
-        loss = rooted(loss, self.parameters()) if loss is not None and self.training else loss
+        loss = rooted(loss, self.parameters(), bool(reading.pieces)) if loss is not None and self.training else loss
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=reading.keep())
 
     def _read(self, call: Call) -> Reading:

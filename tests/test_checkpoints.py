@@ -39,6 +39,19 @@ def test_a_whole_checkpoint_loads_through_the_auto_classes(tmp_path, family):
         assert torch.equal(logits(again), logits(model))
 
 
+def test_weights_are_saved_by_the_names_that_a_resuming_trainer_looks_for(tmp_path):
+    """Those of transformers, one by one for every expert, load by `from_pretrained` alone, and are still read."""
+    model, other = (sleeping(tiny_base("qwen3_moe", dtype=torch.float32)) for _ in range(2))
+    for parameter in other.parameters():
+        parameter.data.zero_()
+    model.save_pretrained(tmp_path / "ours")
+    other.load_state_dict(load_file(tmp_path / "ours" / "model.safetensors"), strict=True)
+    assert torch.equal(logits(other), logits(model))
+    model.save_pretrained(tmp_path / "theirs", save_original_format=True)
+    again = SleepForCausalLM.from_pretrained(tmp_path / "theirs")
+    assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in model.state_dict().items())
+
+
 def test_dtype_device_map_attention_and_shards(tmp_path):
     model = sleeping(tiny_base("qwen3", dtype=torch.float32))
     model.save_pretrained(tmp_path, max_shard_size="20KB")

@@ -118,6 +118,22 @@ def test_the_solver_multiplies_counts_by_averages() -> None:
     )
     found = solve(text, "What is the total number of pet toys in Ash?")
     assert (found.answer, found.operations, found.arithmetic) == (10, 10, 5)
+    # Cats, dogs, toys per dog; the totals have no sentences of their own.
+    assert found.chain == 3
+
+
+def test_a_chain_counts_the_sentences_that_need_each_other() -> None:
+    text = (
+        "The number of cat in Ash equals 2. The number of dog in Ash equals 5. "
+        "The number of dog in Birch equals 3 plus the total number of pets in Ash. The number of cat in Birch equals 1."
+    )
+    assert solve(text, "How many dog does Ash have?").chain == 1
+    assert solve(text, "What is the total number of pets in Ash?").chain == 1
+    assert solve(text, "What is the total number of pets in Birch?").chain == 2
+    hidden = text.replace("cat in Ash equals 2", "cat in Ash exists, and its number is greater than 0")
+    told = f"{hidden} The total number of pets in Birch equals 11."
+    found = solve(told, "What is the number of cat in Ash?")
+    assert (found.answer, found.reverse, found.chain) == (2, True, 2)
 
 
 # The generator

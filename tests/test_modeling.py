@@ -114,10 +114,12 @@ def test_logits_to_keep():
 
 
 def test_a_batch_without_a_single_label_has_loss_zero_and_can_be_differentiated():
-    model, ids = sleeping(), tokens(2, 13)
+    model, ids = sleeping().train(), tokens(2, 13)
     loss = model(ids, labels=torch.full_like(ids, -100)).loss
     assert loss == 0
     loss.backward()
+    # All of them: DDP waits for each.
+    assert all(parameter.grad.count_nonzero() == 0 for parameter in model.parameters() if parameter.requires_grad)
 
 
 def test_the_loss_is_made_in_pieces_without_changing_it(monkeypatch):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import tiny_base
 from forked import Program, in_a_fork
 from safetensors.torch import load_file
 from test_training import build, losses, sleeping
@@ -100,6 +101,26 @@ class FullDisk(TrainerCallback):
     def on_step_begin(self, args, state, control, **_):
         if state.global_step == self.step:
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@pytest.mark.parametrize("shards", ["5GB", "20KB"])
+def test_a_checkpoint_without_the_experts_is_refused(tmp_path, shards):
+    """transformers saves every expert by itself, and a trainer that looks for all in one goes on from the base's."""
+    vocab = {"vocab_size": 16, "dtype": torch.float32}
+
+    def base(family, **changes):
+        return tiny_base(family, **vocab, **changes)
+
+    checkpoint = saved(tmp_path / "moe", model=base("qwen3_moe"), save_total_limit=2)
+    base("qwen3_moe").save_pretrained(checkpoint, max_shard_size=shards)
+    with pytest.raises(
+        CheckpointError, match=r"found none for \d+ of them \(model.layers.0.mlp.experts.*from_pretrained"
+    ):
+        build(tmp_path / "moe", model=base("qwen3_moe"), max_steps=4).train(resume_from_checkpoint=str(checkpoint))
+    # Tied weights are saved once, and are all there.
+    tied = {"model": base("qwen3", tie_word_embeddings=True), "max_steps": 3}
+    checkpoint = saved(tmp_path / "tied", model=base("qwen3", tie_word_embeddings=True))
+    build(tmp_path / "tied", **tied).train(resume_from_checkpoint=str(checkpoint))
 
 
 # The size at which the weights, or only the optimiser's larger file, no longer fit.

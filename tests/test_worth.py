@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import arms, statistic, worth, worth_page, worth_runs
 from sleepify import SleepForCausalLM
+from sleepify.tasks.gsm_infinite import solve
 from sleepify.training import recipe
 from sleepify.training.evaluate import Report, Score
 from sleepify.training.settings import load_config
@@ -129,7 +130,7 @@ def ablated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_every_ablation_is_parsed_and_changes_one_thing(name: str) -> None:
     setting, arm = arms.SETTINGS["hops8_ablations"], arms.ARMS[name]
     parsed = [
-        recipe.parse(None, [str(arms.CONFIGS / setting.config), *worth_runs._words({"model": "base", **changes})])
+        recipe.parse(None, [str(arms.CONFIGS / setting.config), *worth_runs.words_of({"model": "base", **changes})])
         for changes in (arm.changes, arms.ARMS["n4"].changes)
     ]
     ours, theirs = ({**vars(each.sleep), **vars(each.model), **vars(each.task)} for each in parsed)
@@ -191,7 +192,7 @@ def test_accuracy_by_evictions_counts_every_query_once(folder: Path, monkeypatch
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(run)), encoding="utf-8")
     part = worth_page.evictions_part(setting)
-    assert part is not None and part.head[2:] == ["2 evicted", "3 evicted"]
+    assert part is not None and part.head[2:] == ["2 evicted (32)", "3 evicted (32)"]
     assert [row[2:] for row in part.rows] == [["100.0", "0.0"], ["50.0", "50.0"]]
     monkeypatch.setitem(
         arms.SETTINGS, "hops8", replace(setting, arms=("n4",), changes={"n_windows": 2, "n_queries": 2})
@@ -201,3 +202,23 @@ def test_accuracy_by_evictions_counts_every_query_once(folder: Path, monkeypatch
     fields["report"]["answered"] = ["10" * 16]
     path.write_text(json.dumps(fields), encoding="utf-8")
     assert worth_page.evictions_part(arms.SETTINGS["hops8"]) is None
+
+
+def test_accuracy_by_chain_is_that_of_the_solved_problems(folder: Path) -> None:
+    setting = arms.SETTINGS["gsm_inf_one_window"]
+    task = worth_page.task_of(setting, arms.ARMS["n4"], 0)[0]
+    problems = [task.problem(index, "test") for index in range(40)]
+    chains = [solve(problem.problem, problem.question).chain for problem in problems]
+    assert 1 < max(chains)
+    # Right where the chain is one sentence alone.
+    digits = "".join(str(int(chain == 1)) for chain in chains)
+    report = Report("GsmInfinite", "operations", "test", 40, [Score(4, 48, 2, 1, 40)], [digits])
+    path = worth_runs.file_of(setting.name, "n4", 0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    run = worth_runs.Run(setting.name, "n4", 0, 2, 1.0, report, [], "a machine")
+    path.write_text(json.dumps(asdict(run)), encoding="utf-8")
+    part = worth_page.chains_part(setting)
+    assert part is not None
+    assert part.head[2:] == [f"chain of {chain} ({chains.count(chain)})" for chain in sorted(set(chains))]
+    assert part.rows[0][2:] == ["100.0"] + ["0.0"] * (len(set(chains)) - 1)
+    assert worth_page.chains_part(SETTING) is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,28 @@ def read_manifest(checkpoint: Path, run: dict[str, Any]) -> dict[str, Any]:
             "output_dir"
         )
     return dict(progress)
+
+
+def refuse_missing(model: nn.Module, missing: Iterable[str]) -> None:
+    """See that a checkpoint had all weights of the model that goes on from it.
+
+    Args:
+        model: into which it was loaded.
+        missing: what ``load_state_dict`` did not find. Weights that share their storage with one that it found are
+            there.
+
+    Raises:
+        CheckpointError: if some are missing, with which a run would go on from the base's.
+    """
+    missing = set(missing)
+    weights = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    there = {id(weight) for name, weight in weights.items() if name not in missing}
+    if lacking := sorted(name for name in missing if id(weights.get(name)) not in there):
+        raise CheckpointError(
+            f"expected the weights of {type(model).__name__} by its modules' names, found none for {len(lacking)} of "
+            f"them ({', '.join(lacking[:3])}): transformers saves some families under other names, which a trainer "
+            "cannot load; start a new run from the checkpoint with from_pretrained and in another output_dir"
+        )
 
 
 def write_manifest(checkpoint: Path, run: dict[str, Any], progress: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import TorchDynamoPlugin
@@ -27,6 +27,7 @@ from sleepify.errors import SleepifyError
 from sleepify.manifest import check
 from sleepify.modeling import SleepForCausalLM
 from sleepify.rows import NO_COLUMNS
+from sleepify.training import runs
 from sleepify.training.arguments import SleepTrainingArguments
 from sleepify.training.data import SleepCollator, TaskDataset
 from sleepify.training.norms import not_finite, state_norms
@@ -34,7 +35,6 @@ from sleepify.training.objectives import SUPERVISED, Criterion, objectives_of, s
 from sleepify.training.optim import build_optimizer, idle_layers
 from sleepify.training.pushing import SleepPushes
 from sleepify.training.rounds import equalise, restore
-from sleepify.training.runs import describe_run, read_manifest, remove_drafts, whole_or_not_at_all, write_manifest
 from sleepify.training.sharding import autocast_under_fsdp, check_sharding, give_memory_out
 from sleepify.training.stopping import StopRequest
 from sleepify.training.text_data import TextRows
@@ -122,7 +122,7 @@ class SleepTrainer(SleepPushes):
             sleeping_model(model).compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         self._objectives = objectives_of(args, model, criterion)
         self._counts: Tensor | None = None
-        self._run = describe_run(model, args, self.train_dataset)
+        self._run = runs.describe_run(model, args, self.train_dataset)
         self._progress: dict[str, Any] = {}
         self.add_callback(_RestoreProgress(self))
 
@@ -293,12 +293,12 @@ class SleepTrainer(SleepPushes):
         self._progress = {}
         if isinstance(resume_from_checkpoint, (str, os.PathLike)):
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
-            self._progress = read_manifest(Path(resume_from_checkpoint), self._run)
+            self._progress = runs.read_manifest(Path(resume_from_checkpoint), self._run)
         elif last is not None and self.args.save_strategy != "no":
             # Otherwise this run would write over the other's checkpoints.
-            read_manifest(Path(last), self._run)
+            runs.read_manifest(Path(last), self._run)
         if self.args.should_save:
-            remove_drafts(Path(directory))
+            runs.remove_drafts(Path(directory))
         with self._stop.listening(speaks=self.args.process_index == 0):
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self._stop_agreed:
@@ -308,6 +308,10 @@ class SleepTrainer(SleepPushes):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         check(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        runs.refuse_missing(cast(nn.Module, self.model), load_result.missing_keys)
+        super()._issue_warnings_after_load(load_result)
 
     def _load_best_model(self) -> None:
         if self.state.best_model_checkpoint is not None:
@@ -330,7 +334,7 @@ class SleepTrainer(SleepPushes):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_directory = Path(super()._get_output_dir(trial))
         final = run_directory / f"checkpoint-{self.state.global_step}"
-        with whole_or_not_at_all(final, self.args.should_save, self.accelerator.wait_for_everyone) as draft:
+        with runs.whole_or_not_at_all(final, self.args.should_save, self.accelerator.wait_for_everyone) as draft:
             self._draft_directory = draft
             try:
                 super()._save_checkpoint(model, trial)
@@ -348,7 +352,7 @@ class SleepTrainer(SleepPushes):
                     "loops_since_log": self._loops_since_log,
                     "last_log": self._globalstep_last_logged,
                 }
-                write_manifest(draft / final.name, self._run, progress)
+                runs.write_manifest(draft / final.name, self._run, progress)
         self._name_best_checkpoint(run_directory)
         if self.args.push_to_hub:
             self.push_checkpoint(final)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
@@ -26,6 +27,8 @@ def build_zero_optimizer(model: nn.Module, args: SleepTrainingArguments, config:
         ValueError: as `build_optimizer` and `build_deepspeed_optimizer`.
     """
     keep_float32(model, config)
+    if config["zero_optimization"].get("stage") == 3:
+        call_experts_alike(model, config)
     if args.optimizer != "muon":
         return build_optimizer(model, args)
     # ZeRO-3 could not put a matrix together from scattered gradients, and says so.
@@ -57,3 +60,20 @@ def keep_float32(model: nn.Module, config: dict[str, Any]) -> None:
     config["bf16"] = {"enabled": False}
     # No module's weights travel in 16 bits: ZeRO-3 would put what it gathered for a save back in place of the masters.
     config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+
+
+def call_experts_alike(model: nn.Module, config: dict[str, Any]) -> None:
+    """Have all ranks call the same modules of a mixture of experts, as ZeRO-3 needs it.
+
+    The activation of the experts is a module, called once for every expert that a token was sent to: it becomes a
+    function. DeepSpeed's own way, leaf modules, reduces gradients each time that such a module was gone through
+    backwards, and fails where one is called several times in a step, as every looped layer is: it is turned off.
+    """
+    found = [getattr(module, "experts", None) for module in model.modules()]
+    for experts in [each for each in found if isinstance(each, nn.Module)]:
+        for name, child in list(experts.named_children()):
+            if next(child.parameters(), None) is None:
+                delattr(experts, name)
+                setattr(experts, name, child.forward)
+    if find_spec("deepspeed.runtime.zero.leaf_module_config") is not None:
+        config["zero_optimization"].setdefault("leaf_module", {"classes": []})

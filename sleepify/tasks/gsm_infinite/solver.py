@@ -106,6 +106,7 @@ class Solution:
         arithmetic: the binary operations alone.
         path: the quantities used, each after what it needs.
         reverse: whether an unknown had to be found.
+        chain: sentences in the longest chain of them, each of which needs the one before, that the answer ends.
     """
 
     answer: int
@@ -113,6 +114,7 @@ class Solution:
     arithmetic: int
     path: tuple[Name, ...]
     reverse: bool
+    chain: int
 
 
 def parse(problem: str, question: str) -> Parsed:
@@ -210,7 +212,8 @@ def _solution(reader: _Reader, answer: Fraction, reverse: bool) -> Solution:
     if answer.denominator != 1:
         raise UnsolvableError(f"expected an integer, the text gives {answer}")
     operations = reader.arithmetic + len(reader.values)
-    return Solution(int(answer), operations, reader.arithmetic, tuple(reader.values), reverse)
+    chain = max(reader.chains.values())
+    return Solution(int(answer), operations, reader.arithmetic, tuple(reader.values), reverse, chain)
 
 
 @dataclass(slots=True)
@@ -219,6 +222,7 @@ class _Reader:
 
     parsed: Parsed
     values: dict[Name, Polynomial] = field(default_factory=dict)
+    chains: dict[Name, int] = field(default_factory=dict)
     arithmetic: int = 0
     defined: dict[Name, Statement] = field(default_factory=dict)
     told: dict[Name, int] = field(default_factory=dict)
@@ -272,6 +276,7 @@ class _Reader:
         if name in self._twice:
             raise UnsolvableError(f"{' '.join(name)!r} is defined twice")
         if name in self.parsed.unknowns:
+            self.chains[name] = 1
             return (Fraction(0), Fraction(1))
         if name.kind == "total ":
             return self._total(name)
@@ -279,6 +284,7 @@ class _Reader:
             raise UnsolvableError(f"nothing in the text gives {' '.join(name)!r}")
         statement = self.defined[name]
         terms = [self.value(source) for source in statement.sources]
+        self.chains[name] = 1 + max((self.chains[source] for source in statement.sources), default=0)
         self.arithmetic += max(0, len(terms) + (statement.constant is not None) - 1)
         inner: Polynomial = ()
         for position, term in enumerate(terms):
@@ -296,11 +302,16 @@ class _Reader:
         words = set(name.noun.split())
         each = next((each for each in sorted(self._averages) if words.issuperset(each.split())), None)
         total: Polynomial = ()
+        parts = []
         for thing in things:
-            term = self.value(Name("", thing, name.place))
+            parts.append(Name("", thing, name.place))
+            term = self.value(parts[-1])
             if each is not None:
-                term = _times(term, self.value(Name("average ", f"{each} per {thing}", name.place)))
+                parts.append(Name("average ", f"{each} per {thing}", name.place))
+                term = _times(term, self.value(parts[-1]))
             total = _add(total, term)
+        # A total has no sentence of its own.
+        self.chains[name] = max(self.chains[part] for part in parts)
         self.arithmetic += len(things) * (1 + (each is not None)) - 1
         return total
 

@@ -68,6 +68,8 @@ class Setting:
 PLAIN = {"sleep": False}
 # One checkpoint for every N: tested with its own first, then with others.
 ANY_N = {"n_loops": 4, "test_n_loops": (4, 1, 2, 3, 6, 8)}
+# Of the hop tasks; those of their YAML file are between the two.
+SLOW, FAST = ({"muon_learning_rate": 0.01 * factor, "adamw_learning_rate": 0.002 * factor} for factor in (0.5, 2.0))
 # N = 4 takes 2.4 times the processor time of N = 1 in these settings: a step has a wake pass too.
 COMPUTE = 2.4
 
@@ -88,6 +90,10 @@ ARMS: dict[str, Arm] = {
         Arm("twice", "read twice, N = 1", {"n_loops": 1, "n_reads": 2}),
         Arm("all_n", "a loss after every pass of N = 4", {**ANY_N, "pass_loss": "all"}),
         Arm("one_n", "a loss after one pass, distilled from N = 4", {**ANY_N, "pass_loss": "one"}),
+        Arm("n1_slow", "sleep, N = 1, half the learning rates", {"n_loops": 1, **SLOW}),
+        Arm("n1_fast", "sleep, N = 1, twice the learning rates", {"n_loops": 1, **FAST}),
+        Arm("full_slow", "full attention, whole cache, half the learning rates", {**PLAIN, **SLOW}),
+        Arm("full_fast", "full attention, whole cache, twice the learning rates", {**PLAIN, **FAST}),
         Arm("sliding", "sliding window alone", {**PLAIN, "model_config": "sliding"}),
         # As many tokens as a window of `gsm_inf` has.
         Arm("rag", "full attention on what BM25 finds, 24 tokens", {**PLAIN, "retrieve_tokens": 24}),
@@ -147,6 +153,10 @@ SETTINGS: dict[str, Setting] = {
                 "full_2x",
                 "full_4x",
                 "full_long",
+                "n1_slow",
+                "n1_fast",
+                "full_slow",
+                "full_fast",
                 "n2",
                 "all_n",
                 "one_n",
@@ -217,6 +227,19 @@ SETTINGS: dict[str, Setting] = {
             ("n4", "n1", "full"),
             changes={"target_tokens": (64, 76)},
             tuned_changes={"window_size": 48},
+        ),
+        Setting(
+            "gsm_inf_questions",
+            "GSM-Infinite in few words, several questions a text",
+            GSM.replace("36 to 105 tokens", "76 to 88 tokens (distractors fill them up)").replace(
+                "windows of 24 that are evicted", "windows of 64: the first is evicted, the end of the text is not"
+            )
+            + " The question comes last, and then up to three others about what is on the way to its answer.",
+            "gsm_inf_base.yaml",
+            "gsm_inf_small.yaml",
+            ("n4", "n1", "full"),
+            changes={"target_tokens": (76, 88), "n_questions": 4},
+            tuned_changes={"window_size": 64},
         ),
         # Defined, and tried at a few steps by the tests; no run of it has been made yet.
         Setting(

@@ -211,8 +211,7 @@ def chains_part(setting: Setting) -> Part | None:
     def chain(task: Task, index: int, _: int) -> list[int]:
         if not isinstance(task, GsmInfinite):
             return [0]
-        problem = task.problem(index, "test")
-        return [solve(problem.problem, problem.question).chain]
+        return [solve(asked.problem, asked.question).chain for asked in task.problems(index, "test")]
 
     return _grouped_part(
         setting,

@@ -32,6 +32,7 @@ from sleepify.tasks.gsm_infinite import (
     solve,
     write_examples,
 )
+from sleepify.tasks.gsm_infinite.solver import split_sentences
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "fixtures"
 OFFICIAL = SHARED / "gsm_infinite" / "official.jsonl"
@@ -376,6 +377,50 @@ def test_the_target_is_met_as_the_tokenizer_counts(target: tuple[int, int]) -> N
             task.problem(index).check()
 
 
+def test_further_questions_are_answered_from_the_same_text() -> None:
+    tokenizer = WordTokenizer(THEMES)
+    fields: dict[str, Any] = {"operations": range(4, 9), "question_first": False, "tokenizer": tokenizer}
+    several, one = GsmInfinite(**fields, n_questions=4), GsmInfinite(**fields)
+    counts = Counter[int]()
+    for index in range(60):
+        problem, *further = several.problems(index)
+        assert problem == one.problem(index)
+        asked = [problem, *further]
+        counts[len(asked)] += 1
+        assert len({each.question for each in asked}) == len(asked)
+        assert [each.operations for each in further] == sorted((each.operations for each in further), reverse=True)
+        for each in further:
+            assert each.problem == problem.problem and not each.solution
+            each.check()
+        row, alone = several.example(index), one.example(index)
+        assert row.input_ids[: len(alone.input_ids) - 1] == alone.input_ids[:-1]
+        answers = [tokenizer.decode(row.input_ids[query.start : query.stop]) for query in row.queries]
+        assert [answer.replace(" ", "") for answer in answers] == [str(each.answer) for each in asked]
+        assert [query.difficulty for query in row.queries] == [each.operations for each in asked]
+        supervised = [place for query in row.queries for place in range(query.start, query.stop)]
+        assert [place for place, label in enumerate(row.labels) if label != -100] == [*supervised, len(row.labels) - 1]
+    assert counts[4] > 20
+    assert "n_questions=4" in repr(several) and "n_questions" not in repr(one)
+
+
+def test_further_questions_of_a_split_are_none_of_another() -> None:
+    fields: dict[str, Any] = {
+        "operations": [2, 4],
+        "depth": 2,
+        "modes": ["forward"],
+        "vocabulary": [PETS],
+        "size": (2, 1),
+    }
+    task = GsmInfinite(**fields, n_questions=4, question_first=False, tokenizer=WordTokenizer([PETS]))
+
+    def asked(split: Any, n_rows: int) -> set[tuple[frozenset[str], str]]:
+        rows = [task.problems(index, split) for index in range(n_rows)]
+        return {(frozenset(split_sentences(each.problem)), each.question) for row in rows for each in row}
+
+    test = asked("test", 600)
+    assert len(test) > 100 and not asked("train", 600) & test
+
+
 def test_a_problem_that_no_sentence_fits_is_drawn_again() -> None:
     fields = {"operations": range(2, 9), "depth": 2, "modes": ["forward"], "vocabulary": [PETS], "size": (2, 2)}
     task = GsmInfinite(**fields, question_first=False, tokenizer=WordTokenizer([PETS]), target_tokens=(64, 76))
@@ -658,6 +703,8 @@ class Lacking:
         ({"vocabulary": []}, "themes among"),
         ({"size": (0, 2)}, "size"),
         ({"target_tokens": (2000, 3000)}, "give a tokenizer"),
+        ({"n_questions": 0}, "n_questions to be a whole number"),
+        ({"n_questions": 2}, "question_first, .* off with several questions"),
         ({"target_tokens": (30, 20), "tokenizer": crossing}, "lowest, highest"),
         ({"target_tokens": 500, "max_tokens": 400, "tokenizer": crossing}, "above max_tokens"),
         ({"target_tokens": 500, "tokenizer": crossing, "vocabulary": [replace(PETS, noise_places=())]}, "noise names"),

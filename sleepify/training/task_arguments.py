@@ -114,6 +114,9 @@ class GsmInfiniteArguments:
     summary_tokens: int | None = field(
         default=None, metadata={"help": "Read only a running summary of so many tokens, made before the question."}
     )
+    n_questions: int = field(
+        default=1, metadata={"help": "Questions in a row: further ones about quantities on the way to the answer."}
+    )
     vocabulary: str | None = field(
         default=None,
         metadata={"help": "Names to write with: 'pets' for few, or published rows (a file, or a name on the Hub)."},
@@ -149,6 +152,7 @@ class GsmInfiniteArguments:
             curriculum=self.curriculum,
             retrieve_tokens=self.retrieve_tokens,
             summary_tokens=self.summary_tokens,
+            n_questions=self.n_questions,
         )
 
     def _vocabulary(self) -> Sequence[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -164,19 +164,26 @@ class Prompt:
                 f"{tokens[:20]}; use one that knows all words and digits"
             )
 
-    def text(self, problem: Problem) -> tuple[str, str]:
-        """What is read and what is to be written, to be joined as they are."""
+    def text(self, problem: Problem, again: bool = False) -> tuple[str, str]:
+        """What is read and what is to be written, to be joined as they are; ``again``: of a text that has been read."""
         question, sentences = f"Question: {problem.question}", f"Problem: {problem.problem}"
         context = f"{question} {sentences}" if self.question_first else f"{sentences} {question}"
+        context = f" {question}" if again else context
         target = problem.solution if self.chain_of_thought else str(problem.answer)
         gap = (" ", "") if self._gap else ("", " ")
         return f"{context} {self._last_word}:{gap[0]}", f"{gap[1]}{target}"
 
-    def example(self, problem: Problem) -> Example:
-        """The row of a problem; its one query spans what is to be written (without the end token)."""
-        prompt, target = (self.encode(part) for part in self.text(problem))
+    def example(self, problem: Problem, further: Sequence[Problem] = ()) -> Example:
+        """The row of a problem, and of further questions about its text: a query each, of what is to be written
+        (without the end token)."""
+        input_ids: list[int] = []
+        labels: list[int] = []
+        queries = []
+        for asked in (problem, *further):
+            prompt, answer = (self.encode(part) for part in self.text(asked, again=asked is not problem))
+            start = len(input_ids) + len(prompt)
+            input_ids += prompt + answer
+            labels += [IGNORE] * len(prompt) + answer
+            queries.append(Query(asked.operations, start, len(input_ids)))
         end = [] if self.end is None else [self.end]
-        input_ids = prompt + target + end
-        start, stop = len(prompt), len(prompt) + len(target)
-        labels = [IGNORE] * start + input_ids[start:]
-        return Example(input_ids, labels, [Query(problem.operations, start, stop)])
+        return Example(input_ids + end, labels + end, queries)

@@ -13,7 +13,7 @@ from sleepify.tasks.gsm_infinite.graph import Core, draw_core
 from sleepify.tasks.gsm_infinite.noise import noise
 from sleepify.tasks.gsm_infinite.problem import Encode, Mode, Problem, Prompt, Tokenizer
 from sleepify.tasks.gsm_infinite.retrieve import retrieve
-from sleepify.tasks.gsm_infinite.solver import split_sentences
+from sleepify.tasks.gsm_infinite.solver import solve, split_sentences
 from sleepify.tasks.gsm_infinite.summary import summarise
 from sleepify.tasks.gsm_infinite.text import Words, draw_words, sentences, solution
 from sleepify.tasks.gsm_infinite.vocabulary import THEMES, Theme
@@ -51,9 +51,13 @@ class GsmInfinite:
         summary_tokens: the rows hold only a running summary of so many tokens, made of the text's sentences before the
             question is known: what a system reads that sums up instead of remembering. None: all sentences.
 
+        n_questions: questions in a row, at most: after the problem's own, others about quantities on the way to its
+            answer, the hardest first, each to be answered from the text: more to learn from than one number a text.
+            Not counted by ``target_tokens`` and ``max_tokens``.
+
     Raises:
         ValueError: nothing to draw from, operations out of reach, too few names, no tokenizer where one is needed, or
-            one without the tokens.
+            one without the tokens; several questions before a text, with worked solutions, or of a part of a text.
     """
 
     difficulty_name = "operations"
@@ -75,6 +79,7 @@ class GsmInfinite:
         curriculum: int = 0,
         retrieve_tokens: int | None = None,
         summary_tokens: int | None = None,
+        n_questions: int = 1,
     ) -> None:
         check_curriculum(curriculum)
         for name, tokens in (("retrieve_tokens", retrieve_tokens), ("summary_tokens", summary_tokens)):
@@ -82,6 +87,14 @@ class GsmInfinite:
                 raise ValueError(f"{name}: expected a whole number of tokens or None, got {tokens!r}")
         if retrieve_tokens is not None and summary_tokens is not None:
             raise ValueError("expected retrieve_tokens or summary_tokens, got both; one text is searched or summed up")
+        if not (isinstance(n_questions, int) and n_questions >= 1):
+            raise ValueError(f"expected n_questions to be a whole number of 1 or more, got {n_questions!r}")
+        if n_questions > 1 and (question_first or chain_of_thought or retrieve_tokens or summary_tokens):
+            raise ValueError(
+                f"expected question_first, chain_of_thought, retrieve_tokens and summary_tokens off with several "
+                f"questions, got n_questions={n_questions}: they are asked after the whole text and answered at once"
+            )
+        self.n_questions = n_questions
         self.seed = seed
         self.curriculum = curriculum
         self.retrieve_tokens, self.summary_tokens = retrieve_tokens, summary_tokens
@@ -125,7 +138,9 @@ class GsmInfinite:
             f"themes={[theme.name for theme in self.themes]}, target_tokens={self.target}, "
             f"max_tokens={self.max_tokens}, size={self.size}, curriculum={self.curriculum}, "
             f"retrieve_tokens={self.retrieve_tokens}, summary_tokens={self.summary_tokens}, "
-            f"question_first, chain_of_thought={order})"
+            f"question_first, chain_of_thought={order}"
+            # Absent from checkpoints of before there was a choice.
+            f"{f', n_questions={self.n_questions}' if self.n_questions > 1 else ''})"
         )
 
     def _depths(self, theme: Theme, operations: int) -> list[int]:
@@ -136,6 +151,14 @@ class GsmInfinite:
 
         Raises:
             ValueError: a negative index, an unknown split, or settings that no problem of the split meets.
+        """
+        return self.problems(index, split)[0]
+
+    def problems(self, index: int, split: Split = "train") -> list[Problem]:
+        """:meth:`problem`, and then the same text with each further question that its row asks; without solutions.
+
+        Raises:
+            ValueError: as :meth:`problem`.
         """
         if index < 0 or split not in get_args(Split):
             raise ValueError(f"expected index >= 0 and split among {get_args(Split)}, got {index} and {split!r}")
@@ -156,24 +179,40 @@ class GsmInfinite:
             )
             problem = self._fit(rng, core, words, lines, bare)
             if problem is not None:
-                return problem
+                return [problem, *self._further(problem, core, words, lines, split, index)]
         raise ValueError(
             f"an empty split: none of {_DRAWS} {mode} problems with {operations} operations belongs to {split!r} "
             f"and fits (target_tokens {self.target}, max_tokens {self.max_tokens}); widen the limits or the vocabulary"
         )
 
+    def _further(
+        self, problem: Problem, core: Core, words: Words, lines: list[str], split: Split, index: int
+    ) -> list[Problem]:
+        """The text's further questions, which with it belong to its split as any problem does."""
+        if self.n_questions == 1:
+            return []
+        questions = [words.question(parameter) for parameter in core.order if parameter != core.query]
+        questions = [question for question in questions if _split_of(lines, question) == split]
+        rng = random_stream("gsm_infinite questions", self.seed, split, index)
+        further = []
+        for question in rng.sample(questions, min(self.n_questions - 1, len(questions))):
+            found = solve(problem.problem, question)
+            asked = replace(problem, question=question, answer=found.answer, operations=found.operations, solution="")
+            further.append(asked)
+        return sorted(further, key=lambda each: -each.operations)
+
     def example(self, index: int, split: Split = "train") -> Example:
-        """Row number ``index`` of a split; its query's difficulty is the operation count.
+        """Row number ``index`` of a split; a query's difficulty is its operation count.
 
         Raises:
             ValueError: as :meth:`problem`, or there is no tokenizer.
         """
         if self.prompt is None:
             raise ValueError("rows are tokens: give GsmInfinite a tokenizer")
-        problem = self.problem(index, split)
+        problem, *further = self.problems(index, split)
         if self.retrieve_tokens is not None or self.summary_tokens is not None:
             problem = replace(problem, problem=self._condensed(problem, self.prompt))
-        return self.prompt.example(problem)
+        return self.prompt.example(problem, further)
 
     def _condensed(self, problem: Problem, prompt: Prompt) -> str:
         """What a search finds of a problem's text, or a summary keeps."""

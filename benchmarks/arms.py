@@ -123,8 +123,8 @@ ABLATIONS = (
 )
 
 HOPS = (
-    "The pairs (a, f(a)) of a random cycle through {n} nodes are read in random order and evicted; then five nodes are "
-    "asked for what lies k steps further, k uniform in 1 to {n}, one k more every {every} steps. The base, two layers "
+    "The pairs (a, f(a)) of a random cycle through {n} nodes are read in random order and evicted; then {queries} nodes "
+    "are asked for what lies k steps further, k uniform in 1 to {n}, one k more every {every} steps. The base, two layers "
     "of full attention, was pretrained on k = 1; a Gated DeltaNet layer was put after each, both are looped."
 )
 
@@ -141,7 +141,7 @@ SETTINGS: dict[str, Setting] = {
         Setting(
             "hops8",
             "k hops along a cycle of 8 nodes",
-            HOPS.format(n=8, every=250),
+            HOPS.format(n=8, every=250, queries="five"),
             "hops_base.yaml",
             "hops_small.yaml",
             (
@@ -166,7 +166,7 @@ SETTINGS: dict[str, Setting] = {
         Setting(
             "hops16",
             "k hops along a cycle of 16 nodes",
-            HOPS.format(n=16, every=250),
+            HOPS.format(n=16, every=250, queries="five"),
             "hops_base.yaml",
             "hops_small.yaml",
             ("n4", "full", "n1"),
@@ -177,7 +177,7 @@ SETTINGS: dict[str, Setting] = {
         Setting(
             "hops8_two_windows",
             "k hops along a cycle of 8 nodes, its pairs spread over two windows",
-            HOPS.format(n=8, every=250) + " Each window holds half of the pairs, and each is evicted.",
+            HOPS.format(n=8, every=250, queries="two") + " Each window holds half of the pairs, and each is evicted.",
             "hops_base.yaml",
             "hops_small.yaml",
             ("n4", "n1", "full"),
@@ -245,7 +245,8 @@ SETTINGS: dict[str, Setting] = {
         Setting(
             "hops8_ablations",
             "k hops along a cycle of 8 nodes, one thing changed at a time",
-            HOPS.format(n=8, every=250) + " Every arm is N = 4 with one thing changed: the rule, which layers are "
+            HOPS.format(n=8, every=250, queries="five")
+            + " Every arm is N = 4 with one thing changed: the rule, which layers are "
             "looped, where layers are inserted, the window, what is evicted, and what of the base is trained.",
             "hops_base.yaml",
             "hops_small.yaml",

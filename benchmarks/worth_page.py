@@ -261,7 +261,7 @@ def _grouped_part(
 def plot(setting: Setting, path: Path) -> None:
     """Accuracy by difficulty, and the mean over all of them against processor time."""
     found = arms_of(setting)
-    figure = Figure(figsize=(11.0, 4.2), layout="constrained")
+    figure = Figure(figsize=(11.0, 5.2), layout="constrained")
     by_difficulty, over_time = figure.subplots(1, 2)
     for name, runs in found.items():
         difficulties = runs[0].report.difficulties
@@ -274,7 +274,8 @@ def plot(setting: Setting, path: Path) -> None:
     name = next(iter(found.values()))[0].report.difficulty_name
     by_difficulty.set(xlabel=name, ylabel="exact match", ylim=(-0.02, 1.02), xticks=difficulties)
     over_time.set(xlabel="CPU seconds of training", ylabel="exact match, mean over all", ylim=(-0.02, 1.02))
-    by_difficulty.legend(fontsize="x-small")
+    # Below both, where it hides no curve.
+    figure.legend(*by_difficulty.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     for axes in (by_difficulty, over_time):
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -220,8 +220,8 @@ def test_dropout_is_the_same_whatever_is_recomputed(device: str) -> None:
             assert_close(mine, theirs, DEVICE32, level)
 
 
-# Not "aot_eager" on a CPU: torch 2.13 traces the gradient of softplus with other strides than it then has, and stops where
-# it makes a view of it. Inductor makes that gradient itself (docs/results/compiled.md), in minutes on a CPU.
+# Not "aot_eager" on a CPU: torch 2.13 traces the gradient of softplus with other strides than it then has, and stops
+# where it makes a view of it. Inductor makes that gradient itself (docs/results/compiled.md), in minutes on a CPU.
 GRAPHS = [("cpu", {"backend": "eager"}, None), ("cuda", {}, None)]
 GRAPHS.append(("cuda", {"mode": "reduce-overhead"}, "static"))
 

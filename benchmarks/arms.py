@@ -26,6 +26,7 @@ class Arm:
         steps: training, as a multiple of the setting's.
         goes_on: another arm, whose finished run it continues where its model is at hand: rows and rates are the same up
             to there.
+        drawn: whether it is in the figure, or in the table alone.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Arm:
     layers: int = 1
     steps: float = 1.0
     goes_on: str | None = None
+    drawn: bool = True
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,10 @@ ARMS: dict[str, Arm] = {
         Arm("twice", "read twice, N = 1", {"n_loops": 1, "n_reads": 2}),
         Arm("all_n", "a loss after every pass of N = 4", {**ANY_N, "pass_loss": "all"}),
         Arm("one_n", "a loss after one pass, distilled from N = 4", {**ANY_N, "pass_loss": "one"}),
-        Arm("n1_slow", "sleep, N = 1, half the learning rates", {"n_loops": 1, **SLOW}),
-        Arm("n1_fast", "sleep, N = 1, twice the learning rates", {"n_loops": 1, **FAST}),
-        Arm("full_slow", "full attention, whole cache, half the learning rates", {**PLAIN, **SLOW}),
-        Arm("full_fast", "full attention, whole cache, twice the learning rates", {**PLAIN, **FAST}),
+        Arm("n1_slow", "sleep, N = 1, half the learning rates", {"n_loops": 1, **SLOW}, drawn=False),
+        Arm("n1_fast", "sleep, N = 1, twice the learning rates", {"n_loops": 1, **FAST}, drawn=False),
+        Arm("full_slow", "full attention, whole cache, half the learning rates", {**PLAIN, **SLOW}, drawn=False),
+        Arm("full_fast", "full attention, whole cache, twice the learning rates", {**PLAIN, **FAST}, drawn=False),
         Arm("sliding", "sliding window alone", {**PLAIN, "model_config": "sliding"}),
         # As many tokens as a window of `gsm_inf` has.
         Arm("rag", "full attention on what BM25 finds, 24 tokens", {**PLAIN, "retrieve_tokens": 24}),
@@ -123,9 +125,9 @@ ABLATIONS = (
 )
 
 HOPS = (
-    "The pairs (a, f(a)) of a random cycle through {n} nodes are read in random order and evicted; then {queries} nodes "
-    "are asked for what lies k steps further, k uniform in 1 to {n}, one k more every {every} steps. The base, two layers "
-    "of full attention, was pretrained on k = 1; a Gated DeltaNet layer was put after each, both are looped."
+    "The pairs (a, f(a)) of a random cycle through {n} nodes are read in random order and evicted; then {queries} "
+    "nodes are asked for what lies k steps further, k uniform in 1 to {n}, one k more every {every} steps. The base, "
+    "two layers of full attention, was pretrained on k = 1; a Gated DeltaNet layer was put after each, both are looped."
 )
 
 GSM = (

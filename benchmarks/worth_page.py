@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -34,8 +35,9 @@ the easy part of the task, and are trained on the same rows in the same order; "
 until it has taken the processor time of N = 4. Exact match on held-out rows in per cent, with Student's 95% interval
 over seeds where there are several. *Frontier*: up to where at least 90% are answered. A p is McNemar's, exact and
 two-sided, on the answers to the same queries, N = 4 against that arm, the largest over seeds. CPU seconds are of one
-thread of a machine that did other work too. Learning rates are those of the YAML files in all arms, not tuned per arm
-(hops: Muon 0.01, AdamW 0.002). Runs: `docs/results/runs/worth`."""
+thread of a machine that did other work too. Learning rates are those of the YAML files (hops: Muon 0.01, AdamW 0.002),
+tuned for no arm; rows that say so show what half and twice of them do, and are not drawn. Runs:
+`docs/results/runs/worth`."""
 
 
 def arms_of(setting: Setting) -> dict[str, list[Run]]:
@@ -260,17 +262,20 @@ def _grouped_part(
 
 def plot(setting: Setting, path: Path) -> None:
     """Accuracy by difficulty, and the mean over all of them against processor time."""
-    found = arms_of(setting)
+    found = {name: runs for name, runs in arms_of(setting).items() if ARMS[name].drawn}
+    palette = colormaps["tab10" if len(found) <= 10 else "tab20"]
     figure = Figure(figsize=(11.0, 5.2), layout="constrained")
     by_difficulty, over_time = figure.subplots(1, 2)
-    for name, runs in found.items():
+    for number, (name, runs) in enumerate(found.items()):
         difficulties = runs[0].report.difficulties
         spreads = [over_seeds(accuracies(runs, difficulty)) for difficulty in difficulties]
         means, halves = [mean for mean, _ in spreads], [half or 0.0 for _, half in spreads]
-        style = {"marker": "o", "capsize": 2, "linewidth": 2.2 if name == OURS else 1.2}
+        # Ours above the others, where they meet.
+        style = {"linewidth": 2.2, "zorder": 4} if name == OURS else {"linewidth": 1.2, "zorder": 3}
+        style |= {"marker": "o", "capsize": 2, "color": palette(number)}
         by_difficulty.errorbar(difficulties, means, yerr=halves, label=ARMS[name].label, **style)
         for run in runs:
-            _curve(over_time, run, f"C{list(found).index(name)}")
+            _curve(over_time, run, palette(number))
     name = next(iter(found.values()))[0].report.difficulty_name
     by_difficulty.set(xlabel=name, ylabel="exact match", ylim=(-0.02, 1.02), xticks=difficulties)
     over_time.set(xlabel="CPU seconds of training", ylabel="exact match, mean over all", ylim=(-0.02, 1.02))
@@ -283,7 +288,7 @@ def plot(setting: Setting, path: Path) -> None:
         figure.savefig(draft, dpi=110, format="png")
 
 
-def _curve(axes: Axes, run: Run, colour: str) -> None:
+def _curve(axes: Axes, run: Run, colour: tuple[float, ...]) -> None:
     points = [(point.cpu_seconds, statistics.mean(point.accuracy[0])) for point in run.curve]
     axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.0, alpha=0.8)
 

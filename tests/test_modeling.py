@@ -156,8 +156,19 @@ def test_output_types():
             model(ids, **keyword)
 
 
-@pytest.mark.parametrize("implementation", ["eager", pytest.param("flex_attention", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+# Inductor compiles flex attention; for a sliding mask on a CPU that of torch 2.13 writes C++ with an undeclared variable.
+BROKEN = pytest.mark.skipif(torch.__version__.startswith("2.13"), reason="torch 2.13's C++ for it does not compile")
+
+
+@pytest.mark.parametrize(
+    "implementation, eviction",
+    [
+        ("eager", "hard"),
+        ("eager", "sliding"),
+        pytest.param("flex_attention", "hard", marks=pytest.mark.slow),
+        pytest.param("flex_attention", "sliding", marks=[pytest.mark.slow, BROKEN]),
+    ],
+)
 def test_attention_implementations_agree(implementation, eviction):
     model = sleeping(dtype=torch.float32, eviction=eviction)
     ids, mask = tokens(2, 13), torch.ones(2, 13, dtype=torch.long)

@@ -156,7 +156,7 @@ def test_output_types():
             model(ids, **keyword)
 
 
-# Inductor compiles flex attention; for a sliding mask on a CPU that of torch 2.13 writes C++ with an undeclared variable.
+# Inductor compiles flex attention; for a sliding mask on a CPU torch 2.13 writes C++ with an undeclared variable.
 BROKEN = pytest.mark.skipif(torch.__version__.startswith("2.13"), reason="torch 2.13's C++ for it does not compile")
 
 

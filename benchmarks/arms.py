@@ -131,11 +131,37 @@ HOPS = (
 )
 
 GSM = (
-    "Problems of two to eight operations about two places and two things, 36 to 105 tokens of a tokenizer of words, in "
-    "windows of 24 that are evicted; the answer is a number, at once, without a worked solution; one count of "
-    "operations more every 200 steps. The base, two layers of full attention, was pretrained on two and three "
-    "operations; a Gated DeltaNet layer was put after each, both are looped."
+    "Problems of two to eight operations about two places and two things, {tokens} of a tokenizer of words, in "
+    "windows of {window}; the answer is a number, at once, without a worked solution; one count of operations more "
+    "every 200 steps. The base, two layers of full attention, was pretrained on two and three operations; a Gated "
+    "DeltaNet layer was put after each, both are looped. "
 )
+WHOLE = GSM.format(tokens="36 to 105 tokens", window="24 that are evicted")
+
+
+def filled(name: str, what: str, window: int, lowest: int, n_questions: int, then: str) -> Setting:
+    """GSM-Infinite in texts that distractors fill up to a window and a little more: a row sleeps once, on most of it.
+
+    Args:
+        name: of its folder.
+        what: of its title.
+        window: in tokens.
+        lowest: fewest tokens of a row.
+        n_questions: of a row, at most.
+        then: what follows the question, in words.
+    """
+    tokens, lies = f"{lowest} to {lowest + 12} tokens", f"{window}: the first is evicted, the end of the text is not"
+    return Setting(
+        name,
+        f"GSM-Infinite in few words, {what}",
+        GSM.format(tokens=f"{tokens} (distractors fill them up)", window=lies) + f"The question comes last{then}.",
+        "gsm_inf_base.yaml",
+        "gsm_inf_small.yaml",
+        ("n4", "n1", "full"),
+        changes={"target_tokens": (lowest, lowest + 12), "n_questions": n_questions},
+        tuned_changes={"window_size": window},
+    )
+
 
 SETTINGS: dict[str, Setting] = {
     setting.name: setting
@@ -201,7 +227,7 @@ SETTINGS: dict[str, Setting] = {
         Setting(
             "gsm_inf",
             "GSM-Infinite in few words, the question last",
-            GSM + " The question comes last.",
+            WHOLE + "The question comes last.",
             "gsm_inf_base.yaml",
             "gsm_inf_small.yaml",
             ("n4", "n1", "full", "rag", "summary"),
@@ -210,38 +236,21 @@ SETTINGS: dict[str, Setting] = {
         Setting(
             "gsm_inf_question_first",
             "GSM-Infinite in few words, the question first",
-            GSM + " The question comes first, so that it is in the state when the text is read.",
+            WHOLE + "The question comes first, so that it is in the state when the text is read.",
             "gsm_inf_base.yaml",
             "gsm_inf_small.yaml",
             ("n4", "n1", "full"),
             changes={"question_first": True},
             seeds=(0,),
         ),
-        Setting(
-            "gsm_inf_one_window",
-            "GSM-Infinite in few words, most of the text in one window",
-            GSM.replace("36 to 105 tokens", "64 to 76 tokens (distractors fill them up)").replace(
-                "windows of 24 that are evicted", "windows of 48: the first is evicted, the end of the text is not"
-            )
-            + " The question comes last.",
-            "gsm_inf_base.yaml",
-            "gsm_inf_small.yaml",
-            ("n4", "n1", "full"),
-            changes={"target_tokens": (64, 76)},
-            tuned_changes={"window_size": 48},
-        ),
-        Setting(
+        filled("gsm_inf_one_window", "most of the text in one window", 48, 64, 1, ""),
+        filled(
             "gsm_inf_questions",
-            "GSM-Infinite in few words, several questions a text",
-            GSM.replace("36 to 105 tokens", "76 to 88 tokens (distractors fill them up)").replace(
-                "windows of 24 that are evicted", "windows of 64: the first is evicted, the end of the text is not"
-            )
-            + " The question comes last, and then up to three others about what is on the way to its answer.",
-            "gsm_inf_base.yaml",
-            "gsm_inf_small.yaml",
-            ("n4", "n1", "full"),
-            changes={"target_tokens": (76, 88), "n_questions": 4},
-            tuned_changes={"window_size": 64},
+            "several questions a text",
+            64,
+            76,
+            4,
+            ", and then up to three others about what is on the way to its answer",
         ),
         # Defined, and tried at a few steps by the tests; no run of it has been made yet.
         Setting(

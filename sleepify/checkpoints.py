@@ -78,7 +78,7 @@ class SleepCheckpoint(PreTrainedModel):
             push_to_hub: upload what was saved, too.
             fast_weights_only: save the inserted layers alone, with the name, revision and fingerprint of the base.
             distributed_checkpoint: as in transformers.
-            kwargs: others of ``PreTrainedModel.save_pretrained``.
+            kwargs: others of ``PreTrainedModel.save_pretrained``; ``save_original_format`` is off by default.
 
         Raises:
             CheckpointError: with ``fast_weights_only``, for a base that is no longer what it was.

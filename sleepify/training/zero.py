@@ -72,7 +72,8 @@ def call_experts_alike(model: nn.Module, config: dict[str, Any]) -> None:
     found = [getattr(module, "experts", None) for module in model.modules()]
     for experts in [each for each in found if isinstance(each, nn.Module)]:
         for name, child in list(experts.named_children()):
-            if next(child.parameters(), None) is None:
+            # Dropout must stay what `eval` and `train` reach.
+            if next(child.parameters(), None) is None and not isinstance(child, nn.Dropout):
                 delattr(experts, name)
                 setattr(experts, name, child.forward)
     if find_spec("deepspeed.runtime.zero.leaf_module_config") is not None:

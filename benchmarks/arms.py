@@ -88,6 +88,7 @@ ARMS: dict[str, Arm] = {
         Arm("full_2x", "full attention, 2 x the layers", PLAIN, layers=2),
         Arm("full_4x", "full attention, 4 x the layers", PLAIN, layers=4),
         Arm("n1_2x", "sleep, N = 1, 2 x the layers", {"n_loops": 1}, layers=2),
+        Arm("n1_4x", "sleep, N = 1, 4 x the layers", {"n_loops": 1}, layers=4),
         Arm("reread", "read 4 times, N = 1", {"n_loops": 1, "n_reads": 4}),
         Arm("twice", "read twice, N = 1", {"n_loops": 1, "n_reads": 2}),
         Arm("all_n", "a loss after every pass of N = 4", {**ANY_N, "pass_loss": "all"}),
@@ -133,13 +134,23 @@ HOPS = (
 GSM = (
     "Problems of two to eight operations about two places and two things, {tokens} of a tokenizer of words, in "
     "windows of {window}; the answer is a number, at once, without a worked solution; one count of operations more "
-    "every 200 steps. The base, two layers of full attention, was pretrained on two and three operations; a Gated "
+    "every {every} steps. The base, two layers of full attention, was pretrained on two and three operations; a Gated "
     "DeltaNet layer was put after each, both are looped. "
 )
-WHOLE = GSM.format(tokens="36 to 105 tokens", window="24 that are evicted")
+WHOLE = GSM.format(tokens="36 to 105 tokens", window="24 that are evicted", every=200)
 
 
-def filled(name: str, what: str, window: int, lowest: int, n_questions: int, then: str) -> Setting:
+def filled(
+    name: str,
+    what: str,
+    window: int,
+    lowest: int,
+    then: str = "",
+    n_questions: int = 1,
+    base_steps: int = 600,
+    level_steps: int = 200,
+    steps: int = 1600,
+) -> Setting:
     """GSM-Infinite in texts that distractors fill up to a window and a little more: a row sleeps once, on most of it.
 
     Args:
@@ -147,19 +158,25 @@ def filled(name: str, what: str, window: int, lowest: int, n_questions: int, the
         what: of its title.
         window: in tokens.
         lowest: fewest tokens of a row.
-        n_questions: of a row, at most.
         then: what follows the question, in words.
+        n_questions: of a row, at most.
+        base_steps: of the pretraining.
+        level_steps: until one more count of operations is open.
+        steps: of the fine-tuning.
     """
     tokens, lies = f"{lowest} to {lowest + 12} tokens", f"{window}: the first is evicted, the end of the text is not"
+    text = GSM.format(tokens=f"{tokens} (distractors fill them up)", window=lies, every=level_steps)
     return Setting(
         name,
         f"GSM-Infinite in few words, {what}",
-        GSM.format(tokens=f"{tokens} (distractors fill them up)", window=lies) + f"The question comes last{then}.",
+        f"{text}The question comes last{then}.",
         "gsm_inf_base.yaml",
         "gsm_inf_small.yaml",
         ("n4", "n1", "full"),
         changes={"target_tokens": (lowest, lowest + 12), "n_questions": n_questions},
-        tuned_changes={"window_size": window},
+        base_changes={"max_steps": base_steps},
+        # 64 rows a step.
+        tuned_changes={"window_size": window, "curriculum": 64 * level_steps, "max_steps": steps},
     )
 
 
@@ -189,16 +206,20 @@ SETTINGS: dict[str, Setting] = {
                 "all_n",
                 "one_n",
                 "twice",
+                "sliding",
+                "n1_2x",
+                "n1_4x",
+                "n8",
             ),
         ),
         Setting(
             "hops16",
             "k hops along a cycle of 16 nodes",
-            HOPS.format(n=16, every=250, queries="five"),
+            HOPS.format(n=16, every=250, queries="ten"),
             "hops_base.yaml",
             "hops_small.yaml",
             ("n4", "full", "n1"),
-            changes={"n_nodes": 16, "max_hops": 16},
+            changes={"n_nodes": 16, "max_hops": 16, "n_queries": 10},
             tuned_changes={"window_size": 32, "max_steps": 4500},
             seeds=(0,),
         ),
@@ -243,14 +264,17 @@ SETTINGS: dict[str, Setting] = {
             changes={"question_first": True},
             seeds=(0,),
         ),
-        filled("gsm_inf_one_window", "most of the text in one window", 48, 64, 1, ""),
+        filled("gsm_inf_one_window", "most of the text in one window", 48, 64),
         filled(
             "gsm_inf_questions",
-            "several questions a text",
+            "everything asked of each text",
             64,
             76,
-            4,
-            ", and then up to three others about what is on the way to its answer",
+            ", and then one about each other quantity on the way to its answer, the hardest first",
+            n_questions=8,
+            base_steps=1000,
+            level_steps=250,
+            steps=2400,
         ),
         # Defined, and tried at a few steps by the tests; no run of it has been made yet.
         Setting(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -162,16 +163,22 @@ def interfered(probed: Probed) -> tuple[Part, Panel]:
         "Interference",
         "Answered in per cent, all hops (in brackets: one hop), when further windows are read and slept on between the "
         "row's text and its queries, all windows with N passes. Padding says nothing; texts of other cycles contradict "
-        "the row's, since they have the same nodes. The model has never seen more than its own text before a query.",
+        "the row's, since they have the same nodes. The model has never seen more than its own text before a query. "
+        "*Decay ^ 1/N*: in every pass of a sleep but the first the looped layers forget by the N-th root of what they "
+        "would, which the model was not trained with either.",
         ["read between", "N", *(f"{count} windows" for count in counts)],
     )
     lines = {}
     for kind, further in kinds.items():
-        found = probes.interference(probed.model, probed.rows, further, n_loops, batch_size=250)
-        for n, row in zip(n_loops, found.answers, strict=True):
-            cells = [f"{100 * each.accuracy:.1f} ({100 * each.of(1).accuracy:.1f})" for each in row]
-            part.rows.append([kind, str(n), *cells])
-            lines[f"{kind}, N = {n}"] = [each.accuracy for each in row]
+        for n in n_loops:
+            for less in (False, True) if n > 1 else (False,):
+                with probes.later_decay(probed.model, 1 / n) if less else nullcontext():
+                    found = probes.interference(probed.model, probed.rows, further, [n], batch_size=250)
+                (answers,) = found.answers
+                cells = [f"{100 * each.accuracy:.1f} ({100 * each.of(1).accuracy:.1f})" for each in answers]
+                part.rows.append([f"{kind}, decay ^ 1/{n}" if less else kind, str(n), *cells])
+                if not less:
+                    lines[f"{kind}, N = {n}"] = [each.accuracy for each in answers]
     return part, Panel("Further windows before the queries", "windows", "answered", counts, lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from itertools import pairwise
 
@@ -15,6 +16,7 @@ from tolerances import EXACT, GROWN, assert_close
 from benchmarks import probes as command
 from sleepify import FastWeightConfig, SleepForCausalLM, probes
 from sleepify import sleep as algorithm
+from sleepify.memory import Memory
 from sleepify.recording import recorded
 from sleepify.snapshot import Window
 from sleepify.tasks.base import IGNORE, Example, Query
@@ -122,6 +124,45 @@ def test_further_windows_stand_between_the_text_and_the_queries():
                 assert_close(each.log_probability[2 * row], right, EXACT)
     with pytest.raises(ValueError, match="whole windows of 4 tokens"):
         probes.interference(model, examples, [[1] * 5, [1] * 5], [1])
+
+
+@pytest.mark.parametrize("exponent", [0.25, 1.0])
+def test_later_passes_decay_less(exponent):
+    # One looped layer with an inserted one behind it, one before and one after the loop.
+    model = model_of(fast_weights=FastWeightConfig(layers=[0, 1, 2]), loop_range=(1, 2))
+    ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5], [2, 7, 1, 8, 2, 8, 1, 8, 2]])
+    mixer, blocks, settings = model.fast_weights[1].mixer, model.blocks, model.options()
+    with torch.no_grad():
+        mixer.A_log += 3  # decays that are seen in windows of four tokens
+        memory, kept = Memory(2), mixer.A_log.clone()
+        for begin in (0, L):
+            hidden, frame = blocks.open(ids[:, begin : begin + L], (L, L), (0, 0), memory, False)
+            hidden, now = blocks.run(hidden, memory, frame, 0, 1)
+            for loop in range(settings.n_loops):
+                # exp(A_log) is a factor of log a_t.
+                mixer.A_log.copy_(kept + math.log(exponent) * (loop > 0))
+                hidden, now = blocks.run(hidden, now.reenter(memory, 1, 2), frame, 1, 2)
+            mixer.A_log.copy_(kept)
+            _, memory = blocks.run(hidden, now, frame, 2, 3)
+            memory = memory.last_keys(0)
+        usual = model(ids, use_cache=True).past_key_values.now.at_start
+        with probes.later_decay(model, exponent):
+            found = model(ids, use_cache=True).past_key_values.now.at_start
+        after = model(ids, use_cache=True).past_key_values.now.at_start
+    moved = []
+    for key, state in usual.items():
+        assert_close(found[key].recurrent, memory.state[key].recurrent, EXACT)
+        assert torch.equal(after[key].recurrent, state.recurrent)
+        moved.append(float((found[key].recurrent - state.recurrent).abs().max()))
+    assert max(moved) > GROWN.atol if exponent < 1 else max(moved) == 0
+
+
+def test_less_decay_is_refused_where_there_is_none_at_hand():
+    with pytest.raises(ValueError, match="0 or more, got -1"), probes.later_decay(model_of(), -1):
+        pass
+    hybrid = sleeping("qwen3_next", window_size=L, fast_weights=None)
+    with pytest.raises(ValueError, match="inserted layers among the looped"), probes.later_decay(hybrid, 0.5):
+        pass
 
 
 def test_attribution_is_what_is_lost_without_a_window():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 from random import Random
 
 from sleepify.tasks.gsm_infinite.graph import Core, Definition
@@ -105,7 +105,7 @@ def solution(rng: Random, core: Core, words: Words) -> str:
     letters = [c for c in string.ascii_letters if c != "x" or core.unknown is None]
     rng.shuffle(letters)
     # Long solutions run out of letters and go on with pairs.
-    writer = _Writer(core, iter([*letters, *("".join(pair) for pair in product(letters, letters))]))
+    writer = _Writer(core, chain(letters, ("".join(pair) for pair in product(letters, letters))))
     steps = [f"Define {words.name(p)} as {writer.define(p)}." for p in core.order]
     if core.unknown is None:
         return " ".join([*steps, f"Answer: {core.answer}."])

@@ -49,6 +49,7 @@ class Setting:
         base: YAML file of the pretraining; its first layers are repeated for deeper bases.
         config: YAML file of the fine-tuning.
         changes: of the task's fields, for base and arms.
+        architecture: of the base's, where it is another than the YAML file's.
         base_changes: of the pretraining alone.
         tuned_changes: of the fine-tuning alone.
         arms: names, those to run first before the others.
@@ -62,6 +63,7 @@ class Setting:
     config: str
     arms: tuple[str, ...]
     changes: Mapping[str, Any] = field(default_factory=dict)
+    architecture: Mapping[str, Any] = field(default_factory=dict)
     base_changes: Mapping[str, Any] = field(default_factory=dict)
     tuned_changes: Mapping[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -223,8 +225,29 @@ SETTINGS: dict[str, Setting] = {
             "hops_base.yaml",
             "hops_small.yaml",
             ("n4", "full", "n1"),
+            # With k up to n, a token's hidden state has n - 1 nodes to tell. 640 answers a step, as with 8 nodes.
+            changes={"n_nodes": 16, "max_hops": 16, "n_queries": 10, "per_device_train_batch_size": 64},
+            architecture={
+                "hidden_size": 96,
+                "intermediate_size": 192,
+                "num_attention_heads": 3,
+                "num_key_value_heads": 3,
+                "initializer_range": 0.1,
+            },
+            tuned_changes={"window_size": 32, "max_steps": 4500, "fast_weights_num_heads": 3, "curriculum": 64 * 250},
+            seeds=(0,),
+        ),
+        Setting(
+            "hops16_narrow",
+            "k hops along a cycle of 16 nodes, in the width of that of 8",
+            HOPS.format(n=16, every=250, queries="ten")
+            + " Stopped half way, when k up to 9 had been asked: only even k "
+            "were learnt after the first.",
+            "hops_base.yaml",
+            "hops_small.yaml",
+            ("n4", "full", "n1"),
             changes={"n_nodes": 16, "max_hops": 16, "n_queries": 10},
-            tuned_changes={"window_size": 32, "max_steps": 4500, "fast_weights_num_heads": 4},
+            tuned_changes={"window_size": 32, "max_steps": 2250},
             seeds=(0,),
         ),
         Setting(
@@ -280,16 +303,17 @@ SETTINGS: dict[str, Setting] = {
             level_steps=250,
             steps=2400,
         ),
-        # Defined, and tried at a few steps by the tests; no run of it has been made yet.
         Setting(
             "hops8_ablations",
             "k hops along a cycle of 8 nodes, one thing changed at a time",
             HOPS.format(n=8, every=250, queries="five")
             + " Every arm is N = 4 with one thing changed: the rule, which layers are "
-            "looped, where layers are inserted, the window, what is evicted, and what of the base is trained.",
+            "looped, where layers are inserted, the window, what is evicted, and what of the base is trained. Stopped "
+            "half way, while there is something to tell apart: k = 1 to 5 have been asked by then.",
             "hops_base.yaml",
             "hops_small.yaml",
             ("n4", *ABLATIONS),
+            tuned_changes={"max_steps": 1250},
             seeds=(0,),
         ),
     )

@@ -151,7 +151,7 @@ def base_name(layers: int) -> str:
 
 def train_base(setting: Setting, layers: int, seed: int) -> Path:
     """The pretrained base of an arm; where it lies."""
-    architecture = dict(load_config(CONFIGS / setting.base)["architecture"])
+    architecture = {**load_config(CONFIGS / setting.base)["architecture"], **setting.architecture}
     architecture["num_hidden_layers"] *= layers
     changes = {"architecture": architecture, **setting.changes, **setting.base_changes}
     name = base_name(layers)

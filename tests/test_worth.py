@@ -24,6 +24,7 @@ SMALL = {"per_device_train_batch_size": 4, "test_examples": 16, "curve_examples"
 SETTING = replace(
     arms.SETTINGS["hops8"],
     arms=("n4", "n1", "full", "n1_compute", "sliding", "n1_2x", "all_n"),
+    architecture={"intermediate_size": 96},
     base_changes={"max_steps": 2, **SMALL},
     tuned_changes={"max_steps": 2, **SMALL},
     seeds=(0,),
@@ -62,6 +63,7 @@ def test_all_arms_run_from_one_base_and_are_written_up(folder: Path) -> None:
         for name in ("base", "base_2x", *SETTING.arms)
     }
     assert [len(models[name].model.layers) for name in ("base", "base_2x", "full")] == [2, 4, 2]
+    assert {models[name].config.get_text_config().intermediate_size for name in ("base_2x", "n4")} == {96}
     assert models["sliding"].config.sliding_window == 16
     assert set(models["sliding"].config.layer_types) == {"sliding_attention"}
     assert isinstance(models["n1_2x"], SleepForCausalLM) and models["n1_2x"].config.loop_range == [0, 4]

@@ -6,6 +6,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -28,6 +29,8 @@ OURS = "n4"
 ALONE = ("n1", "n2", "n4")
 """Arms trained for one N."""
 FRONTIER = 0.9
+Group = tuple[Any, ...]
+"""Of queries: what puts it in order, then its heading."""
 READING = {"n_reads", "n_windows", "window_size", "retrieve_tokens", "summary_tokens"}
 """Fields by which an arm changes what is read before the question."""
 INTRODUCTION = """All arms of a setting begin with one base, which the same recipe has pretrained with full attention on
@@ -194,15 +197,15 @@ def text_of(setting: Setting, arm: Arm, seed: int) -> list[int]:
 def evictions_part(setting: Setting) -> Part | None:
     """Accuracy by how many windows a sleeping model has evicted when it answers; None where that is one number."""
 
-    def evicted(task: Task, index: int, window: int) -> list[int]:
-        return [(query.start - 1) // window for query in task.example(index, "test").queries]
+    def evicted(task: Task, index: int, window: int) -> list[Group]:
+        counts = [(query.start - 1) // window for query in task.example(index, "test").queries]
+        return [(count, f"{count} evicted") for count in counts]
 
     return _grouped_part(
         setting,
         "by evictions",
         "The same answers by the number of windows that the sleeping model has evicted when it gives them (its rows; "
         "the other arms answer the same queries), all difficulties together.",
-        "{} evicted",
         evicted,
     )
 
@@ -210,50 +213,58 @@ def evictions_part(setting: Setting) -> Part | None:
 def chains_part(setting: Setting) -> Part | None:
     """Accuracy by how many sentences of a problem must be gone through one after the other; None for other tasks."""
 
-    def chain(task: Task, index: int, _: int) -> list[int]:
+    def chain(task: Task, index: int, _: int) -> list[Group]:
         if not isinstance(task, GsmInfinite):
-            return [0]
-        return [solve(asked.problem, asked.question).chain for asked in task.problems(index, "test")]
+            return [(0, "")]
+        asked = task.problems(index, "test")
+        chains = [solve(each.problem, each.question).chain for each in asked]
+        if task.n_questions == 1:
+            return [(chain, f"chain of {chain}") for chain in chains]
+        return [(n > 0, chain, f"{'other' if n else 'own'}, chain of {chain}") for n, chain in enumerate(chains)]
 
+    several = task_of(setting, ARMS[OURS], setting.seeds[0])[0]
+    own = (
+        " *Own*: what the problem was made to ask; all of it but the distractors leads there. *Other*: a quantity on "
+        "the way, for which the model must tell what leads there from what does not."
+    )
     return _grouped_part(
         setting,
         "by chain",
         "The same answers by the longest chain of sentences, each of which needs the one before, that an answer ends: "
-        "what a model with few layers cannot look up all at once.",
-        "chain of {}",
+        "what a model with few layers cannot look up all at once."
+        + (own if isinstance(several, GsmInfinite) and several.n_questions > 1 else ""),
         chain,
     )
 
 
 def _grouped_part(
-    setting: Setting, title: str, text: str, column: str, groups_of: Callable[[Task, int, int], list[int]]
+    setting: Setting, title: str, text: str, groups_of: Callable[[Task, int, int], list[Group]]
 ) -> Part | None:
     """Accuracy by a property of the queries; None where all have the same.
 
     Args:
         setting: whose arms.
         title, text: of the part.
-        column: heading of a group, with a place for its number.
         groups_of: the groups of a row's queries, of the task, the row's number and the window.
     """
     found = arms_of(setting)
-    by_seed: dict[int, list[int]] = {}
+    by_seed: dict[int, list[Group]] = {}
     for run in (run for runs in found.values() for run in runs if run.seed not in by_seed):
         task, window = task_of(setting, ARMS[OURS], run.seed)
         rows = range(run.report.n_examples)
         by_seed[run.seed] = [group for index in rows for group in groups_of(task, index, window)]
     counts = Counter(group for groups in by_seed.values() for group in groups)
-    numbers = sorted(counts)
-    if len(numbers) < 2:
+    columns = sorted(counts)
+    if len(columns) < 2:
         return None
-    headings = [f"{column.format(number)} ({counts[number]:,})" for number in numbers]
+    headings = [f"{column[-1]} ({counts[column]:,})" for column in columns]
     part = Part(f"{setting.title}: {title}", f"{text} In brackets: queries, of all seeds.", ["arm", "seeds", *headings])
     for name, runs in found.items():
         cells = []
-        for number in numbers:
+        for column in columns:
             answered = [
                 [int(digit) for digit, group in zip(run.report.answered[0], by_seed[run.seed], strict=True)
-                 if group == number] for run in runs
+                 if group == column] for run in runs
             ]  # fmt: skip
             cells.append(spread(*over_seeds([statistics.mean(digits) for digits in answered])))
         part.rows.append([ARMS[name].label, str(len(runs)), *cells])

@@ -206,21 +206,31 @@ def test_accuracy_by_evictions_counts_every_query_once(folder: Path, monkeypatch
     assert worth_page.evictions_part(arms.SETTINGS["hops8"]) is None
 
 
-def test_accuracy_by_chain_is_that_of_the_solved_problems(folder: Path) -> None:
-    setting = arms.SETTINGS["gsm_inf_one_window"]
+@pytest.mark.parametrize("name", ["gsm_inf_one_window", "gsm_inf_questions"])
+def test_accuracy_by_chain_is_that_of_the_solved_problems(folder: Path, name: str) -> None:
+    setting = arms.SETTINGS[name]
     task = worth_page.task_of(setting, arms.ARMS["n4"], 0)[0]
-    problems = [task.problem(index, "test") for index in range(40)]
-    chains = [solve(problem.problem, problem.question).chain for problem in problems]
-    assert 1 < max(chains)
+    problems = [task.problems(index, "test") for index in range(40)]
+    chains = [solve(problem.problem, problem.question).chain for asked in problems for problem in asked]
+    own = [place == 0 for asked in problems for place in range(len(asked))]
+    assert 1 < max(chains) and all(own) == (name == "gsm_inf_one_window")
     # Right where the chain is one sentence alone.
     digits = "".join(str(int(chain == 1)) for chain in chains)
-    report = Report("GsmInfinite", "operations", "test", 40, [Score(4, 48, 2, 1, 40)], [digits])
+    report = Report("GsmInfinite", "operations", "test", 40, [Score(4, 64, 2, 1, len(chains))], [digits])
     path = worth_runs.file_of(setting.name, "n4", 0)
     path.parent.mkdir(parents=True, exist_ok=True)
     run = worth_runs.Run(setting.name, "n4", 0, 2, 1.0, report, [], "a machine")
     path.write_text(json.dumps(asdict(run)), encoding="utf-8")
     part = worth_page.chains_part(setting)
     assert part is not None
-    assert part.head[2:] == [f"chain of {chain} ({chains.count(chain)})" for chain in sorted(set(chains))]
-    assert part.rows[0][2:] == ["100.0"] + ["0.0"] * (len(set(chains)) - 1)
+    if all(own):
+        assert part.head[2:] == [f"chain of {chain} ({chains.count(chain)})" for chain in sorted(set(chains))]
+        assert part.rows[0][2:] == ["100.0"] + ["0.0"] * (len(set(chains)) - 1)
+    else:
+        groups = list(zip(own, chains, strict=True))
+        columns = [("own", True, each) for each in sorted({chain for ours, chain in groups if ours})]
+        columns += [("other", False, each) for each in sorted({chain for ours, chain in groups if not ours})]
+        expected = [f"{who}, chain of {chain} ({groups.count((ours, chain))})" for who, ours, chain in columns]
+        assert part.head[2:] == expected and "*Other*" in part.intro
+        assert part.rows[0][2:] == ["100.0" if chain == 1 else "0.0" for _, _, chain in columns]
     assert worth_page.chains_part(SETTING) is None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ class Setting:
         tuned_changes: of the fine-tuning alone.
         arms: names, those to run first before the others.
         seeds: to run.
+        asked: the largest difficulty that training gets to, where that is not all; only up to it is anything reported.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Setting:
     base_changes: Mapping[str, Any] = field(default_factory=dict)
     tuned_changes: Mapping[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2)
+    asked: float = inf
 
 
 PLAIN = {"sleep": False}
@@ -249,6 +252,7 @@ SETTINGS: dict[str, Setting] = {
             changes={"n_nodes": 16, "max_hops": 16, "n_queries": 10},
             tuned_changes={"window_size": 32, "max_steps": 2250},
             seeds=(0,),
+            asked=9,
         ),
         Setting(
             "hops8_two_windows",
@@ -315,6 +319,7 @@ SETTINGS: dict[str, Setting] = {
             ("n4", *ABLATIONS),
             tuned_changes={"max_steps": 1250},
             seeds=(0,),
+            asked=5,
         ),
     )
 }

@@ -5,6 +5,9 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import compress
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +47,29 @@ tuned for no arm; rows that say so show what half and twice of them do, and are 
 
 
 def arms_of(setting: Setting) -> dict[str, list[Run]]:
-    """The finished runs of each arm that has any."""
-    return {name: runs for name in setting.arms if (runs := finished(setting.name, name))}
+    """The finished runs of each arm that has any, as far as they are reported."""
+    found = {name: runs for name in setting.arms if (runs := finished(setting.name, name))}
+    return found if setting.asked == inf else {name: [_cut(setting, run) for run in found[name]] for name in found}
+
+
+def _cut(setting: Setting, run: Run) -> Run:
+    """A run without the difficulties that its training never got to."""
+    counted = _counted(setting, run)
+    report = replace(
+        run.report,
+        scores=[score for score in run.report.scores if score.difficulty <= setting.asked],
+        answered=["".join(compress(digits, counted)) for digits in run.report.answered],
+    )
+    levels = len(report.difficulties)
+    curve = [replace(point, accuracy=[row[:levels] for row in point.accuracy]) for point in run.curve]
+    return replace(run, report=report, curve=curve)
+
+
+def _counted(setting: Setting, run: Run) -> list[bool]:
+    """Of each query of a run's test, whether it is reported."""
+    task, _ = task_of(setting, ARMS[OURS], run.seed)
+    rows = (task.example(index, "test").queries for index in range(run.report.n_examples))
+    return [query.difficulty <= setting.asked for queries in rows for query in queries]
 
 
 def accuracies(runs: list[Run], difficulty: int) -> list[float]:
@@ -252,7 +276,8 @@ def _grouped_part(
     for run in (run for runs in found.values() for run in runs if run.seed not in by_seed):
         task, window = task_of(setting, ARMS[OURS], run.seed)
         rows = range(run.report.n_examples)
-        by_seed[run.seed] = [group for index in rows for group in groups_of(task, index, window)]
+        groups = (group for index in rows for group in groups_of(task, index, window))
+        by_seed[run.seed] = list(groups if setting.asked == inf else compress(groups, _counted(setting, run)))
     counts = Counter(group for groups in by_seed.values() for group in groups)
     columns = sorted(counts)
     if len(columns) < 2:

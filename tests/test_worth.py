@@ -17,6 +17,7 @@ from benchmarks import arms, statistic, worth, worth_page, worth_runs
 from sleepify import SleepForCausalLM
 from sleepify.tasks.gsm_infinite import solve
 from sleepify.training import recipe
+from sleepify.training.curve import Point
 from sleepify.training.evaluate import Report, Score
 from sleepify.training.settings import load_config
 
@@ -204,6 +205,33 @@ def test_accuracy_by_evictions_counts_every_query_once(folder: Path, monkeypatch
     fields["report"]["answered"] = ["10" * 16]
     path.write_text(json.dumps(fields), encoding="utf-8")
     assert worth_page.evictions_part(arms.SETTINGS["hops8"]) is None
+
+
+def test_only_what_training_got_to_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = replace(SETTING, arms=("n4", "full"), asked=3, changes={"n_windows": 2, "n_queries": 2})
+    monkeypatch.setitem(arms.SETTINGS, "hops8", setting)
+    task = worth_page.task_of(setting, arms.ARMS["n4"], 0)[0]
+    asked = [query.difficulty for index in range(30) for query in task.example(index, "test").queries]
+    # N = 4 is right up to 2, the other where N = 4 is not.
+    digits = {"n4": "".join(str(int(k <= 2)) for k in asked), "full": "".join(str(int(k > 2)) for k in asked)}
+    for name, row in digits.items():
+        right = {k: sum(int(digit) for digit, each in zip(row, asked, strict=True) if each == k) for k in range(1, 9)}
+        scores = [Score(4, 16, k, right[k], asked.count(k)) for k in range(1, 9)]
+        report = Report("Hops", "hops", "test", 30, scores, [row])
+        path = worth_runs.file_of("hops8", name, 0)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        run = worth_runs.Run("hops8", name, 0, 2, 1.0, report, [Point(1, 1.0, [[0.5] * 8])], "a machine")
+        path.write_text(json.dumps(asdict(run)), encoding="utf-8")
+    part = worth_page.result_part(setting)
+    assert part.head[5:8] == ["1", "2", "3"] and [row[4:8] for row in part.rows] == [
+        ["2", "100.0", "100.0", "0.0"],
+        ["0", "0.0", "0.0", "100.0"],
+    ]
+    easy = sum(asked.count(k) for k in (1, 2))
+    assert part.rows[1][-1].startswith(f"{easy} : {asked.count(3)}, p ")
+    evicted = worth_page.evictions_part(replace(setting, tuned_changes={"window_size": 8}))
+    assert evicted is None or sum(int(head.split("(")[1][:-1]) for head in evicted.head[2:]) == easy + asked.count(3)
+    assert [len(row) for row in worth_page.arms_of(setting)["n4"][0].curve[0].accuracy] == [3]
 
 
 @pytest.mark.parametrize("name", ["gsm_inf_one_window", "gsm_inf_questions"])

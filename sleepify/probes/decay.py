@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from sleepify.fast_weights.mixer import Mixer
 from sleepify.memory import Memory
 from sleepify.modeling import SleepForCausalLM
 from sleepify.settings import Settings
@@ -33,13 +32,13 @@ def later_decay(model: SleepForCausalLM, exponent: float) -> Iterator[None]:
     if not exponent >= 0:
         raise ValueError(f"expected an exponent of 0 or more, got {exponent!r}; 1 changes nothing")
     first, stop = model.options().loop_range
-    looped = [layer for index, layer in model.blocks.inserted.items() if first <= index < stop]
-    if not looped:
+    inserted: dict[int, Any] = model.blocks.inserted
+    mixers = [layer.mixer for index, layer in inserted.items() if first <= index < stop]
+    if not mixers:
         raise ValueError(
             f"expected inserted layers among the looped ones, {first} to {stop - 1}, got none; the decay of a base's "
             "own recurrent layers is not at hand"
         )
-    mixers = [module for layer in looped for module in layer.modules() if isinstance(module, Mixer)]
     own = model.host_of
 
     def changed(settings: Settings) -> Any:
@@ -63,7 +62,7 @@ class _Frame:
 class _Blocks:
     """A model's blocks, whose looped layers decay otherwise from the second time on that they run over a window."""
 
-    def __init__(self, own: Any, mixers: list[Mixer], exponent: float) -> None:
+    def __init__(self, own: Any, mixers: list[Any], exponent: float) -> None:
         self._own, self._mixers, self._exponent = own, mixers, exponent
 
     def __getattr__(self, name: str) -> Any:
@@ -85,9 +84,9 @@ class _Blocks:
 
 
 @contextmanager
-def _decaying(mixer: Mixer, exponent: float) -> Iterator[None]:
+def _decaying(mixer: Any, exponent: float) -> Iterator[None]:
     usual = mixer._log_decay
-    mixer._log_decay = lambda x: exponent * usual(x)  # type: ignore[method-assign]
+    mixer._log_decay = lambda x: exponent * usual(x)
     try:
         yield
     finally:

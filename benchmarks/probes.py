@@ -266,6 +266,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         windows=probed.text // probed.window_size,
     )
     command = f"python -m benchmarks.probes outputs/worth/{name} --rows {arguments.rows} --fitted {arguments.fitted}"
+    if arguments.output.name != "probes.md":
+        command += f" --output docs/results/{arguments.output.name}"
     pictures = f"{intro}\n\n![steps, answers, what is read off the state, interference]({figure.name})"
     write_page(arguments.output, title="Probes: inside a sleep", command=command, intro=pictures, parts=parts)
     print(arguments.output.read_text(encoding="utf-8"))

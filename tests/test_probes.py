@@ -160,6 +160,19 @@ def test_later_passes_decay_less(exponent):
 def test_less_decay_is_refused_where_there_is_none_at_hand():
     with pytest.raises(ValueError, match="0 or more, got -1"), probes.later_decay(model_of(), -1):
         pass
+    for wrong in (True, "1", None):
+        with pytest.raises(TypeError, match="0 or more"), probes.later_decay(model_of(), wrong):
+            pass
+    model, ids = model_of(), torch.tensor([[3, 1, 4, 1, 5, 9]])
+    usual = model(ids).logits
+    with pytest.raises(TypeError, match="get_base_model"), probes.later_decay(torch.nn.Sequential(model), 0.5):
+        pass
+    with pytest.raises(ValueError, match="leave that first"), probes.later_decay(model, 0.5):
+        with probes.later_decay(model, 0.5):
+            pass
+    with pytest.raises(ValueError, match="without gradient"), probes.later_decay(model, 0.5):
+        model(ids)
+    assert torch.equal(model(ids).logits, usual)
     hybrid = sleeping("qwen3_next", window_size=L, fast_weights=None)
     with pytest.raises(ValueError, match="inserted layers among the looped"), probes.later_decay(hybrid, 0.5):
         pass

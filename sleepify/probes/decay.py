@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sleepify.memory import Memory
@@ -27,10 +28,20 @@ def later_decay(model: SleepForCausalLM, exponent: float) -> Iterator[None]:
         exponent: 0 or more; 1 changes nothing.
 
     Raises:
-        ValueError: for an exponent below 0, or a model without such layers.
+        TypeError: for what is not a sleeping model itself, like one in an adapter's wrapper, or no number.
+        ValueError: for an exponent below 0, a model without such layers, or one that is within this already; when
+            something is read with gradient.
     """
+    if not isinstance(model, SleepForCausalLM):
+        raise TypeError(
+            f"expected a SleepForCausalLM, got {type(model).__name__}; of an adapter's wrapper give get_base_model()"
+        )
+    if isinstance(exponent, bool) or not isinstance(exponent, int | float):
+        raise TypeError(f"expected an exponent of 0 or more, got {exponent!r}")
     if not exponent >= 0:
         raise ValueError(f"expected an exponent of 0 or more, got {exponent!r}; 1 changes nothing")
+    if "host_of" in vars(model):
+        raise ValueError("expected a model as it is, got one within later_decay; leave that first")
     first, stop = model.options().loop_range
     inserted: dict[int, Any] = model.blocks.inserted
     mixers = [layer.mixer for index, layer in inserted.items() if first <= index < stop]
@@ -69,25 +80,26 @@ class _Blocks:
         return getattr(self._own, name)
 
     def open(self, *arguments: Any) -> tuple[Tensor, _Frame]:
+        if torch.is_grad_enabled():
+            # Recomputed, a first pass could not be told from a later one.
+            raise ValueError("expected later_decay around what is read without gradient; use torch.no_grad()")
         hidden, frame = self._own.open(*arguments)
         return hidden, _Frame(frame)
 
     def run(self, hidden_states: Tensor, memory: Memory, frame: _Frame, start: int, stop: int) -> tuple[Tensor, Memory]:
         loops = start <= self._own.loop_range[0] < stop
-        with ExitStack() as stack:
-            if loops and frame.was_looped:
-                for mixer in self._mixers:
-                    stack.enter_context(_decaying(mixer, self._exponent))
-            frame.was_looped |= loops
+        later, frame.was_looped = loops and frame.was_looped, frame.was_looped or loops
+        with _decaying(self._mixers if later else [], self._exponent):
             result: tuple[Tensor, Memory] = self._own.run(hidden_states, memory, frame.own, start, stop)
         return result
 
 
 @contextmanager
-def _decaying(mixer: Any, exponent: float) -> Iterator[None]:
-    usual = mixer._log_decay
-    mixer._log_decay = lambda x: exponent * usual(x)
+def _decaying(mixers: list[Any], exponent: float) -> Iterator[None]:
+    for mixer in mixers:
+        mixer._log_decay = lambda x, usual=mixer._log_decay: exponent * usual(x)
     try:
         yield
     finally:
-        del mixer._log_decay
+        for mixer in mixers:
+            del mixer._log_decay

@@ -32,7 +32,7 @@ from sleepify.tasks.gsm_infinite import (
     solve,
     write_examples,
 )
-from sleepify.tasks.gsm_infinite.solver import split_sentences
+from sleepify.tasks.gsm_infinite.solver import questions_of, split_sentences
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "fixtures"
 OFFICIAL = SHARED / "gsm_infinite" / "official.jsonl"
@@ -403,6 +403,31 @@ def test_further_questions_are_answered_from_the_same_text() -> None:
     assert "n_questions=4" in repr(several) and "n_questions" not in repr(one)
 
 
+def test_everything_that_a_text_defines_is_asked() -> None:
+    fields: dict[str, Any] = {"operations": range(2, 7), "question_first": False, "tokenizer": WordTokenizer(THEMES)}
+    fields |= {"target_tokens": (300, 330), "n_questions": 100}
+    path, text = GsmInfinite(**fields), GsmInfinite(**fields, questions_about="text")
+    share = []
+    for index in range(40):
+        fewer, more = ([each.question for each in task.problems(index)] for task in (path, text))
+        assert more[0] == fewer[0] and set(fewer) <= set(more) and len(set(more)) == len(more)
+        problem = text.problem(index).problem
+        for each in text.problems(index):
+            assert each.problem == problem
+            each.check()
+        defined = questions_of(problem)
+        assert len(defined) == len({sentence.split(" equals ")[0] for sentence in sentences_with_value(problem)})
+        assert set(more) <= {*defined, *fewer}
+        share.append(len(more) / len({*defined, *fewer}))
+    # Of all questions one in eight belongs to the test split.
+    assert 0.8 < sum(share) / len(share) < 0.95
+    assert "questions_about=text" in repr(text) and "questions_about" not in repr(path)
+
+
+def sentences_with_value(problem: str) -> list[str]:
+    return [sentence for sentence in split_sentences(problem) if " equals " in sentence]
+
+
 def test_further_questions_of_a_split_are_none_of_another() -> None:
     fields: dict[str, Any] = {
         "operations": [2, 4],
@@ -705,6 +730,8 @@ class Lacking:
         ({"target_tokens": (2000, 3000)}, "give a tokenizer"),
         ({"n_questions": 0}, "n_questions to be a whole number"),
         ({"n_questions": 2}, "question_first, .* off with several questions"),
+        ({"n_questions": 2, "question_first": False, "questions_about": "all"}, "questions_about among"),
+        ({"questions_about": "text"}, "n_questions above 1"),
         ({"target_tokens": (30, 20), "tokenizer": crossing}, "lowest, highest"),
         ({"target_tokens": 500, "max_tokens": 400, "tokenizer": crossing}, "above max_tokens"),
         ({"target_tokens": 500, "tokenizer": crossing, "vocabulary": [replace(PETS, noise_places=())]}, "noise names"),

@@ -117,6 +117,9 @@ class GsmInfiniteArguments:
     n_questions: int = field(
         default=1, metadata={"help": "Questions in a row: further ones about quantities on the way to the answer."}
     )
+    questions_about: Literal["path", "text"] = field(
+        default="path", metadata={"help": "Further questions: of the way to the answer, or of all the text defines."}
+    )
     vocabulary: str | None = field(
         default=None,
         metadata={"help": "Names to write with: 'pets' for few, or published rows (a file, or a name on the Hub)."},
@@ -153,6 +156,7 @@ class GsmInfiniteArguments:
             retrieve_tokens=self.retrieve_tokens,
             summary_tokens=self.summary_tokens,
             n_questions=self.n_questions,
+            questions_about=self.questions_about,
         )
 
     def _vocabulary(self) -> Sequence[Any]:

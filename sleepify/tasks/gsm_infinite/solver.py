@@ -53,6 +53,12 @@ class Name(NamedTuple):
         """Thing and place apart."""
         return self if self.place else Name(self.kind, *cuts(self.noun))
 
+    def question(self) -> str:
+        """What asks for it; thing and place must be apart."""
+        if not self.kind:
+            return f"How many {self.noun} does {self.place} have?"
+        return f"What is the {self.kind}number of {self.noun} in {self.place}?"
+
 
 @dataclass(frozen=True, slots=True)
 class Statement:
@@ -137,6 +143,11 @@ def parse_uncut(problem: str, question: str) -> Parsed:
     if asked is None:
         raise UnsolvableError(f"expected 'How many ... does ... have?' or 'What is the ...?', got {question!r}")
     query = _parse_name(asked["name"]) if asked["name"] else Name("", asked["thing"], asked["place"])
+    statements, unknowns = _parse_sentences(problem)
+    return Parsed(statements, unknowns, query)
+
+
+def _parse_sentences(problem: str) -> tuple[dict[Name, list[Statement]], list[Name]]:
     statements: dict[Name, list[Statement]] = {}
     unknowns: list[Name] = []
     for sentence in split_sentences(problem):
@@ -146,7 +157,7 @@ def parse_uncut(problem: str, question: str) -> Parsed:
             statements.setdefault(_parse_name(match["name"]), []).append(_parse_right(match["right"]))
         else:
             raise UnsolvableError(f"expected 'The ... equals ...' or '... is greater than 0', got {sentence!r}")
-    return Parsed(statements, unknowns, query)
+    return statements, unknowns
 
 
 def split_sentences(problem: str) -> list[str]:
@@ -206,6 +217,18 @@ def solve(problem: str, question: str) -> Solution:
         raise UnsolvableError(f"the unknown is said to be greater than 0 but the equation gives {x}")
     value = reader.value(parsed.query)
     return _solution(reader, sum((c * x**power for power, c in enumerate(value)), Fraction(0)), reverse=True)
+
+
+def questions_of(problem: str) -> list[str]:
+    """A question about every quantity that a sentence defines, in the order of the text.
+
+    Raises:
+        UnsolvableError: a sentence that is not of the family.
+    """
+    statements = _parse_sentences(problem)[0]
+    named = [name for each in statements for name in (each, *(s for said in statements[each] for s in said.sources))]
+    cuts = Cuts(map(Name.body, named))
+    return [name.cut(cuts).question() for name in statements]
 
 
 def _solution(reader: _Reader, answer: Fraction, reverse: bool) -> Solution:

@@ -6,14 +6,14 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from random import Random
-from typing import get_args
+from typing import Literal, get_args
 
 from sleepify.tasks.base import Example, Split, check_curriculum, open_levels, random_stream
 from sleepify.tasks.gsm_infinite.graph import Core, draw_core
 from sleepify.tasks.gsm_infinite.noise import noise
 from sleepify.tasks.gsm_infinite.problem import Encode, Mode, Problem, Prompt, Tokenizer
 from sleepify.tasks.gsm_infinite.retrieve import retrieve
-from sleepify.tasks.gsm_infinite.solver import solve, split_sentences
+from sleepify.tasks.gsm_infinite.solver import questions_of, solve, split_sentences
 from sleepify.tasks.gsm_infinite.summary import summarise
 from sleepify.tasks.gsm_infinite.text import Words, draw_words, sentences, solution
 from sleepify.tasks.gsm_infinite.vocabulary import THEMES, Theme
@@ -22,6 +22,9 @@ _TEST_SHARE = 8
 """One problem in so many belongs to the test split."""
 _DRAWS = 1000
 """Problems drawn for one index before giving up on what was asked."""
+
+About = Literal["path", "text"]
+"""What further questions are about: quantities on the way to the problem's answer, or all that sentences define."""
 
 
 class GsmInfinite:
@@ -50,10 +53,11 @@ class GsmInfinite:
             stay whole. None: all sentences.
         summary_tokens: the rows hold only a running summary of so many tokens, made of the text's sentences before the
             question is known: what a system reads that sums up instead of remembering. None: all sentences.
-
         n_questions: questions in a row, at most: after the problem's own, others about quantities on the way to its
             answer, the hardest first, each to be answered from the text: more to learn from than one number a text.
             Not counted by ``target_tokens`` and ``max_tokens``.
+        questions_about: what the further questions are about: "path", quantities on the way to the problem's answer, or
+            "text", all that a sentence defines, distractors too, so that most of them need a fact found by its name.
 
     Raises:
         ValueError: nothing to draw from, operations out of reach, too few names, no tokenizer where one is needed, or
@@ -80,6 +84,7 @@ class GsmInfinite:
         retrieve_tokens: int | None = None,
         summary_tokens: int | None = None,
         n_questions: int = 1,
+        questions_about: About = "path",
     ) -> None:
         check_curriculum(curriculum)
         for name, tokens in (("retrieve_tokens", retrieve_tokens), ("summary_tokens", summary_tokens)):
@@ -94,7 +99,13 @@ class GsmInfinite:
                 f"expected question_first, chain_of_thought, retrieve_tokens and summary_tokens off with several "
                 f"questions, got n_questions={n_questions}: they are asked after the whole text and answered at once"
             )
-        self.n_questions = n_questions
+        if questions_about not in get_args(About):
+            raise ValueError(f"expected questions_about among {get_args(About)}, got {questions_about!r}")
+        if questions_about != "path" and n_questions == 1:
+            raise ValueError(
+                f"expected n_questions above 1 with questions_about={questions_about!r}, got 1: no further ones"
+            )
+        self.n_questions, self.questions_about = n_questions, questions_about
         self.seed = seed
         self.curriculum = curriculum
         self.retrieve_tokens, self.summary_tokens = retrieve_tokens, summary_tokens
@@ -140,7 +151,8 @@ class GsmInfinite:
             f"retrieve_tokens={self.retrieve_tokens}, summary_tokens={self.summary_tokens}, "
             f"question_first, chain_of_thought={order}"
             # Absent from checkpoints of before there was a choice.
-            f"{f', n_questions={self.n_questions}' if self.n_questions > 1 else ''})"
+            f"{f', n_questions={self.n_questions}' if self.n_questions > 1 else ''}"
+            f"{f', questions_about={self.questions_about}' if self.questions_about != 'path' else ''})"
         )
 
     def _depths(self, theme: Theme, operations: int) -> list[int]:
@@ -191,7 +203,10 @@ class GsmInfinite:
         """The text's further questions, which with it belong to its split as any problem does."""
         if self.n_questions == 1:
             return []
-        questions = [words.question(parameter) for parameter in core.order if parameter != core.query]
+        questions = [words.question(parameter) for parameter in core.order]
+        if self.questions_about == "text":
+            questions = list(dict.fromkeys([*questions, *questions_of(problem.problem)]))
+        questions.remove(problem.question)
         questions = [question for question in questions if _split_of(lines, question) == split]
         rng = random_stream("gsm_infinite questions", self.seed, split, index)
         further = []

@@ -57,7 +57,7 @@ class Probed:
         self.n_loops, self.window_size = options.n_loops, options.window_size
         self.passes = range(1, 2 * self.n_loops + 1)
         self.rows = [task.example(index, "test") for index in range(n_rows)]
-        self.text = 2 * task.n_nodes * task.n_reads
+        self.text = task.text_length
 
     def others(self, count: int) -> list[list[int]]:
         """For each row the text of ``count`` other held-out rows, in which the same nodes lie on other cycles."""

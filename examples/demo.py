@@ -262,8 +262,8 @@ def demo(draft: Path, scale: Scale) -> None:
 
     console.rule("5  memory and time, before and after sleep", align="left")
     with clock.phase("memory and time"):
-        pairs = 2 * task.n_nodes
-        text = [token for index in range(scale.windows) for token in task.example(index, "test").input_ids[:pairs]]
+        rows = [task.example(index, "test").input_ids for index in range(scale.windows)]
+        text = [token for row in rows for token in row[: task.text_length]]
         found = costs(ours, text, scale.windows, scale.timed_tokens)
         console.print(cost_table(found))
 

@@ -20,6 +20,7 @@ from sleepify.tasks.base import IGNORE, score
 from sleepify.tasks.gsm_infinite import (
     PETS,
     THEMES,
+    TREES,
     CachedExamples,
     GsmInfinite,
     Problem,
@@ -342,6 +343,26 @@ def test_rows_are_supervised_on_the_answer_alone() -> None:
                 assert score(row, row.input_ids) == [(problem.operations, True)]
                 wrong = [token + (position == query.start) for position, token in enumerate(row.input_ids)]
                 assert score(row, wrong) == [(problem.operations, False)]
+
+
+def test_problems_of_one_place_have_five_things_told_apart_by_one_word() -> None:
+    words = WordTokenizer([TREES])
+    task = GsmInfinite(
+        operations=range(4, 11), depth=2, modes=["forward"], vocabulary=[TREES], size=(1, 5), question_first=False,
+        n_questions=8, questions_about="text", target_tokens=(92, 104), tokenizer=words,
+    )  # fmt: skip
+    chains = Counter[int]()
+    for index in range(100):
+        asked = task.problems(index)
+        own, *_ = asked
+        names = {name for sentence in split_sentences(own.problem) for name in re.findall(r"of (\w+) in", sentence)}
+        assert names <= {*TREES.things[0], *TREES.noise_things, TREES.things_total}
+        places = {place for sentence in split_sentences(own.problem) for place in re.findall(r" in (\w+)", sentence)}
+        assert len(places - set(TREES.noise_places)) == 1
+        for each in asked:
+            each.check()
+            chains[solve(each.problem, each.question).chain] += 1
+    assert chains[3] > 100 and chains[4] > 20 and chains[5] > 2
 
 
 def test_the_small_setting_is_small_and_travels_to_workers() -> None:

@@ -18,10 +18,12 @@ from sleepify.tasks.split import cycle_key, in_split
 
 def read(task: Hops, ids: list[int]) -> tuple[dict[int, int], list[tuple[int, int, int, int]]]:
     """The pairs, and every query: k, start, answer, and where it begins."""
-    size = 2 * task.n_nodes
+    each = 3 if task.pair_ends else 2
+    size = each * task.n_nodes
     end = size * task.n_reads
-    assert ids[:end] == ids[:size] * task.n_reads
-    pairs = dict(zip(ids[:size:2], ids[1:size:2], strict=True))
+    assert ids[:end] == ids[:size] * task.n_reads and end == task.text_length
+    pairs = dict(zip(ids[:size:each], ids[1:size:each], strict=True))
+    assert not task.pair_ends or set(ids[2:size:3]) == {PAD}
     assert len(pairs) == task.n_nodes
     queries = []
     place = end
@@ -54,6 +56,8 @@ def tour(pairs: dict[int, int]) -> list[int]:
         Hops(n_nodes=12, n_queries=1, max_hops=30),
         Hops(hops=[2, 5], n_reads=3),
         Hops(n_nodes=6, n_windows=3, n_queries=6, n_reads=2),
+        Hops(n_nodes=16, max_hops=16, n_queries=10, pair_ends=True),
+        Hops(n_nodes=6, n_windows=3, n_queries=4, n_reads=2, pair_ends=True),
     ],
 )
 def test_every_query_is_answered_by_walking_the_pairs(task: Hops) -> None:
@@ -95,6 +99,18 @@ def test_what_is_read_again_is_the_same_text() -> None:
         assert [query.start - 16 for query in b.queries] == [query.start for query in a.queries]
     pairs, asked = once.decode(once.example(0).input_ids).split(" | ")
     assert twice.decode(twice.example(0).input_ids) == f"{pairs} {pairs} | {asked}"
+
+
+def test_ends_of_pairs_change_nothing_else() -> None:
+    plain, ended = Hops(), Hops(pair_ends=True)
+    assert (ended.window_size, ended.length, ended.vocab_size) == (24, 48, 17)
+    for index in range(20):
+        a, b = plain.example(index), ended.example(index)
+        assert read(plain, a.input_ids)[0] == read(ended, b.input_ids)[0]
+        assert [query[:3] for query in read(plain, a.input_ids)[1]] == [
+            query[:3] for query in read(ended, b.input_ids)[1]
+        ]
+        assert plain.decode(a.input_ids) == ended.decode(b.input_ids)
 
 
 def test_a_model_may_begin_with_some_of_the_hops() -> None:
@@ -157,6 +173,7 @@ def test_every_size_has_cycles_of_both_splits(n: int) -> None:
         ({"n_windows": 3}, "n_windows: expected windows of two whole pairs"),
         ({"n_windows": 8}, "n_windows: expected windows of two whole pairs"),
         ({"curriculum": -1}, "curriculum: expected"),
+        ({"pair_ends": 1}, "pair_ends: expected True or False"),
         ({"n_reads": 0}, "n_reads: expected"),
         ({"hops": []}, "hops: expected at least one k"),
         ({"hops": [0, 1]}, "hops: expected some of 1 to 8, ascending"),

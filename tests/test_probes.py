@@ -325,6 +325,8 @@ TASK = Hops(n_nodes=6, n_queries=3, max_hops=6)
 def test_hops_of_answers_are_counted_along_the_cycle():
     example = TASK.example(0, "test")
     follows = probes.successors(TASK, example)
+    ended = replace(TASK, pair_ends=True)
+    assert probes.successors(ended, ended.example(0, "test")) == follows
     assert len(follows) == 6 and sorted(follows) == sorted(follows.values())
     for query in example.queries:
         start, right = example.input_ids[query.start - 1], example.input_ids[query.start]

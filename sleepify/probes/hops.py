@@ -56,8 +56,9 @@ class WrongAnswers:
 
 def successors(task: Hops, example: Example) -> dict[int, int]:
     """f of a row: the token of every node to that of the next."""
-    pairs = example.input_ids[: 2 * task.n_nodes]
-    return dict(zip(pairs[::2], pairs[1::2], strict=True))
+    size = task.pair_length
+    pairs = example.input_ids[: size * task.n_nodes]
+    return dict(zip(pairs[::size], pairs[1::size], strict=True))
 
 
 def walk(follows: dict[int, int], start: int, hops: int) -> list[int]:
@@ -108,7 +109,7 @@ def split_wrong(
     answers = answer(model, examples, last_n_loops=last_n_loops, batch_size=batch_size)
     known = [successors(task, example) for example in examples]
     single = [
-        _one_hop(example.input_ids[: 2 * task.n_nodes * task.n_reads], node, follows[node])
+        _one_hop(example.input_ids[: task.text_length], node, follows[node])
         for example, follows in zip(examples, known, strict=True)
         for node in sorted(follows)
     ]

@@ -19,7 +19,8 @@ from sleepify.tasks.base import IGNORE, Example, Query, Split, check_curriculum,
 from sleepify.tasks.split import cycle_key, in_split
 
 PAD = 0
-"""Fills up a window that has no room for another whole query; text to be read like any other."""
+"""Fills up a window that has no room for another whole query, and ends a pair where pairs have ends; text to be read
+like any other."""
 _QUERY = 3
 """Tokens of a query: k, the node to start from, the answer."""
 
@@ -28,9 +29,10 @@ _QUERY = 3
 class Hops:
     """k-hop questions on a cycle through all n nodes. The defaults: 16 tokens of pairs in one window, then 8 queries.
 
-    The pairs fill ``n_windows`` windows of ``window_size`` = 2 ``n_nodes`` / ``n_windows`` tokens. The queries follow,
-    from different nodes, k uniform in 1..``max_hops``; only their answers are labelled. No query lies in two windows:
-    what is left of a window that has no room for one is padded.
+    The pairs fill ``n_windows`` windows of ``window_size`` = 2 ``n_nodes`` / ``n_windows`` tokens (3 ``n_nodes`` /
+    ``n_windows`` with ``pair_ends``). The queries follow, from different nodes, k uniform in 1..``max_hops``; only
+    their answers are labelled. No query lies in two windows: what is left of a window that has no room for one is
+    padded.
 
     Ids: 0 padding, k for k in 1..``max_hops``, then the nodes. A cycle belongs to the train or to the test split
     whatever the seed; 1 in 8 is a test cycle.
@@ -44,6 +46,8 @@ class Hops:
             vocabulary goes further.
         n_reads: how often the pairs are written, in the same order, before the queries: a text that is read again.
         n_windows: windows over which the pairs are spread, each of the same number of whole pairs, 2 at least.
+        pair_ends: whether each pair is followed by a token that ends it. Without, every node but the first and the last
+            stands before two others, and which of these is f of it is told only by whether its place is odd.
         curriculum: rows a level in training: the first k alone, and one more every so many rows. 0: all from the
             start.
 
@@ -60,6 +64,7 @@ class Hops:
     hops: Sequence[int] | None = None
     n_reads: int = 1
     n_windows: int = 1
+    pair_ends: bool = False
     curriculum: int = 0
 
     def __post_init__(self) -> None:
@@ -68,6 +73,8 @@ class Hops:
             value = getattr(self, field)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{field}: expected a whole number, at least {least}, got {value!r}")
+        if not isinstance(self.pair_ends, bool):
+            raise ValueError(f"pair_ends: expected True or False, got {self.pair_ends!r}")
         if not isinstance(self.seed, int):
             raise ValueError(f"seed: expected a whole number, got {self.seed!r}")
         if self.n_queries > self.n_nodes:
@@ -91,9 +98,19 @@ class Hops:
         return 1 + self.max_hops + self.n_nodes
 
     @property
+    def pair_length(self) -> int:
+        """Tokens of a pair."""
+        return 2 + self.pair_ends
+
+    @property
     def window_size(self) -> int:
         """Tokens of the pairs in each window."""
-        return 2 * self.n_nodes // self.n_windows
+        return self.pair_length * self.n_nodes // self.n_windows
+
+    @property
+    def text_length(self) -> int:
+        """Tokens of all pairs, as often as they are written: what comes before the first query."""
+        return self.pair_length * self.n_nodes * self.n_reads
 
     @property
     def length(self) -> int:
@@ -101,7 +118,7 @@ class Hops:
         full, rest = divmod(self.n_queries, self.window_size // _QUERY)
         if not rest:
             full, rest = full - 1, self.window_size // _QUERY
-        return 2 * self.n_nodes * self.n_reads + full * self.window_size + rest * _QUERY
+        return self.text_length + full * self.window_size + rest * _QUERY
 
     def example(self, index: int, split: Split = "train") -> Example:
         """The row number ``index`` of ``split``; T = ``length`` tokens.
@@ -116,7 +133,8 @@ class Hops:
             cycle = rng.sample(range(n), n)
         nodes = [first_node + node for node in cycle]
 
-        pairs = [node for i in rng.sample(range(n), n) for node in (nodes[i], nodes[(i + 1) % n])]
+        end = (PAD,) * self.pair_ends
+        pairs = [token for i in rng.sample(range(n), n) for token in (nodes[i], nodes[(i + 1) % n], *end)]
         input_ids = pairs * self.n_reads
         labels = [IGNORE] * len(input_ids)
         hops = open_levels(self.hops or range(1, self.max_hops + 1), self.curriculum, split, index)

@@ -12,7 +12,7 @@ from sleepify.config import SleepConfig
 from sleepify.defaults import resolve
 from sleepify.peft import lora_config
 from sleepify.retrofit import sleepify
-from sleepify.tasks.gsm_infinite import PETS, THEMES, WordTokenizer
+from sleepify.tasks.gsm_infinite import PETS, THEMES, TREES, WordTokenizer
 from sleepify.training.settings import json_object
 from sleepify.training.sleep_arguments import SleepArguments
 
@@ -127,7 +127,7 @@ def load_tokenizer(arguments: ModelArguments) -> Any:
     """The tokenizer, or None for a model from random weights that was given none."""
     name = arguments.tokenizer or arguments.model
     if name == "words":
-        return WordTokenizer([*THEMES, PETS])
+        return WordTokenizer([*THEMES, PETS, TREES])
     if name == "bytes":
         return ByT5Tokenizer(extra_ids=0)
     return None if name is None else AutoTokenizer.from_pretrained(name, revision=arguments.model_revision)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
 from sleepify.tasks import Depo, Hops, Rule110
-from sleepify.tasks.gsm_infinite import PETS, THEMES, GsmInfinite, read_rows, read_vocabulary
+from sleepify.tasks.gsm_infinite import PETS, THEMES, TREES, GsmInfinite, read_rows, read_vocabulary
 from sleepify.training.data import Task
 
 
@@ -122,7 +122,7 @@ class GsmInfiniteArguments:
     )
     vocabulary: str | None = field(
         default=None,
-        metadata={"help": "Names to write with: 'pets' for few, or published rows (a file, or a name on the Hub)."},
+        metadata={"help": "Names: 'pets' or 'trees' for few, or published rows (a file, or a name on the Hub)."},
     )
 
     def build(self, test: bool = False, tokenizer: Any = None) -> GsmInfinite:
@@ -162,7 +162,8 @@ class GsmInfiniteArguments:
     def _vocabulary(self) -> Sequence[Any]:
         if self.vocabulary is None:
             return THEMES
-        return [PETS] if self.vocabulary == "pets" else read_vocabulary(read_rows(self.vocabulary))
+        small = {theme.name: theme for theme in (PETS, TREES)}.get(self.vocabulary)
+        return [small] if small else read_vocabulary(read_rows(self.vocabulary))
 
 
 @dataclass
@@ -180,6 +181,7 @@ class HopsArguments:
     )
     n_reads: int = field(default=1, metadata={"help": "How often the pairs are written before the queries."})
     n_windows: int = field(default=1, metadata={"help": "Windows over which the pairs are spread."})
+    pair_ends: bool = field(default=False, metadata={"help": "End each pair with a token."})
     curriculum: int = field(default=0, metadata={"help": "Rows in training until one k more is asked; 0: all at once."})
 
     def build(self, test: bool = False, tokenizer: Any = None) -> Hops:
@@ -192,6 +194,7 @@ class HopsArguments:
             hops=self.hops,
             n_reads=self.n_reads,
             n_windows=self.n_windows,
+            pair_ends=self.pair_ends,
             curriculum=self.curriculum,
         )
 

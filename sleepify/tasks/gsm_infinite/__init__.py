@@ -24,12 +24,13 @@ from sleepify.tasks.gsm_infinite.dataset import CachedExamples, load_problems, r
 from sleepify.tasks.gsm_infinite.problem import Mode, Problem, Prompt
 from sleepify.tasks.gsm_infinite.solver import Solution, UnsolvableError, solve
 from sleepify.tasks.gsm_infinite.task import GsmInfinite
-from sleepify.tasks.gsm_infinite.vocabulary import PETS, THEMES, Theme, read_vocabulary
+from sleepify.tasks.gsm_infinite.vocabulary import PETS, THEMES, TREES, Theme, read_vocabulary
 from sleepify.tasks.gsm_infinite.words import WordTokenizer
 
 __all__ = [
     "PETS",
     "THEMES",
+    "TREES",
     "CachedExamples",
     "GsmInfinite",
     "Mode",

@@ -194,6 +194,18 @@ PETS = Theme(
 )
 """Few, short names: for models and tokenizers of a few dozen words."""
 
+TREES = Theme(
+    name="trees",
+    places=(("Ash", "Birch", "Cedar"),),
+    things=(("apple", "cherry", "fig", "lemon", "olive", "peach", "pear", "plum"),),
+    things_total="trees",
+    each="baskets",
+    each_total="tree baskets",
+    noise_places=("Dale", "Elm", "Fern"),
+    noise_things=("almond", "lime", "walnut"),
+)
+"""As short, and enough things for problems of one place, ``size`` (1, 5), whose quantities one word tells apart."""
+
 
 @dataclass(slots=True)
 class _Row:

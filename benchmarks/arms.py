@@ -6,7 +6,7 @@ has pretrained with full attention on the easy part of the task, and get the sam
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
@@ -138,13 +138,25 @@ HOPS = (
     "two layers of full attention, was pretrained on k = 1; a Gated DeltaNet layer was put after each, both are looped."
 )
 
+ENDS = " Each pair is followed by a token that ends it, so that which of two neighbours is f of the other is plain."
+
+# Of 16 nodes, where hops_base.yaml's has 64 channels and 2 heads.
+WIDER = {
+    "hidden_size": 96,
+    "intermediate_size": 192,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "initializer_range": 0.1,
+}
+
 GSM = (
-    "Problems of two to eight operations about two places and two things, {tokens} of a tokenizer of words, in "
+    "Problems of {first} to {last} operations about {names}, {tokens} of a tokenizer of words, in "
     "windows of {window}; the answer is a number, at once, without a worked solution; one count of operations more "
-    "every {every} steps. The base, two layers of full attention, was pretrained on two and three operations; a Gated "
-    "DeltaNet layer was put after each, both are looped. "
+    "every {every} steps. The base, two layers of full attention, was pretrained on {first} and {second} operations; a "
+    "Gated DeltaNet layer was put after each, both are looped. "
 )
-WHOLE = GSM.format(tokens="36 to 105 tokens", window="24 that are evicted", every=200)
+SMALL = {"first": "two", "second": "three", "last": "eight", "names": "two places and two things"}
+WHOLE = GSM.format(tokens="36 to 105 tokens", window="24 that are evicted", every=200, **SMALL)
 
 
 def filled(
@@ -153,7 +165,9 @@ def filled(
     window: int,
     lowest: int,
     then: str = "",
-    n_questions: int = 1,
+    changes: Mapping[str, Any] | None = None,
+    operations: Sequence[int] = range(2, 9),
+    names: Mapping[str, str] = SMALL,
     base_steps: int = 600,
     level_steps: int = 200,
     steps: int = 1600,
@@ -166,13 +180,15 @@ def filled(
         window: in tokens.
         lowest: fewest tokens of a row.
         then: what follows the question, in words.
-        n_questions: of a row, at most.
+        changes: further ones of the task's fields.
+        operations: counts of them, ascending; the base is pretrained on the first two.
+        names: the words for that, and for what the problems are about.
         base_steps: of the pretraining.
         level_steps: until one more count of operations is open.
         steps: of the fine-tuning.
     """
     tokens, lies = f"{lowest} to {lowest + 12} tokens", f"{window}: the first is evicted, the end of the text is not"
-    text = GSM.format(tokens=f"{tokens} (distractors fill them up)", window=lies, every=level_steps)
+    text = GSM.format(tokens=f"{tokens} (distractors fill them up)", window=lies, every=level_steps, **names)
     return Setting(
         name,
         f"GSM-Infinite in few words, {what}",
@@ -180,10 +196,15 @@ def filled(
         "gsm_inf_base.yaml",
         "gsm_inf_small.yaml",
         ("n4", "n1", "full"),
-        changes={"target_tokens": (lowest, lowest + 12), "n_questions": n_questions},
-        base_changes={"max_steps": base_steps},
+        changes={"target_tokens": (lowest, lowest + 12), **(changes or {})},
+        base_changes={"max_steps": base_steps, "operations": tuple(operations[:2])},
         # 64 rows a step.
-        tuned_changes={"window_size": window, "curriculum": 64 * level_steps, "max_steps": steps},
+        tuned_changes={
+            "window_size": window,
+            "operations": tuple(operations),
+            "curriculum": 64 * level_steps,
+            "max_steps": steps,
+        },
     )
 
 
@@ -222,27 +243,53 @@ SETTINGS: dict[str, Setting] = {
             ),
         ),
         Setting(
+            "hops8_ends",
+            "k hops along a cycle of 8 nodes, each pair with an end",
+            HOPS.format(n=8, every=250, queries="five") + ENDS,
+            "hops_base.yaml",
+            "hops_small.yaml",
+            ("n4", "n1", "full"),
+            changes={"pair_ends": True},
+            tuned_changes={"window_size": 24},
+            seeds=(0,),
+        ),
+        Setting(
             "hops16",
             "k hops along a cycle of 16 nodes",
-            HOPS.format(n=16, every=250, queries="ten"),
+            HOPS.format(n=16, every=200, queries="ten") + ENDS,
             "hops_base.yaml",
             "hops_small.yaml",
             ("n4", "full", "n1"),
             # With k up to n, a token's hidden state has n - 1 nodes to tell. 640 answers a step, as with 8 nodes.
-            changes={"n_nodes": 16, "max_hops": 16, "n_queries": 10, "per_device_train_batch_size": 64},
-            architecture={
-                "hidden_size": 96,
-                "intermediate_size": 192,
-                "num_attention_heads": 3,
-                "num_key_value_heads": 3,
-                "initializer_range": 0.1,
+            changes={
+                "n_nodes": 16,
+                "max_hops": 16,
+                "n_queries": 10,
+                "pair_ends": True,
+                "per_device_train_batch_size": 64,
             },
-            tuned_changes={"window_size": 32, "max_steps": 4500, "fast_weights_num_heads": 3, "curriculum": 64 * 250},
+            architecture=WIDER,
+            tuned_changes={"window_size": 48, "max_steps": 3600, "fast_weights_num_heads": 3, "curriculum": 64 * 200},
             seeds=(0,),
         ),
         Setting(
+            "hops16_no_ends",
+            "k hops along a cycle of 16 nodes, its pairs without ends",
+            HOPS.format(n=16, every=250, queries="ten")
+            + " Where a pair begins is told by nothing but whether its place "
+            "is odd; stopped half way, when k up to 8 had been asked.",
+            "hops_base.yaml",
+            "hops_small.yaml",
+            ("n4", "full", "n1"),
+            changes={"n_nodes": 16, "max_hops": 16, "n_queries": 10, "per_device_train_batch_size": 64},
+            architecture=WIDER,
+            tuned_changes={"window_size": 32, "max_steps": 2000, "fast_weights_num_heads": 3, "curriculum": 64 * 250},
+            seeds=(0,),
+            asked=8,
+        ),
+        Setting(
             "hops16_narrow",
-            "k hops along a cycle of 16 nodes, in the width of that of 8",
+            "k hops along a cycle of 16 nodes, its pairs without ends, in the width of that of 8",
             HOPS.format(n=16, every=250, queries="ten")
             + " Stopped half way, when k up to 9 had been asked: only even k "
             "were learnt after the first.",
@@ -263,7 +310,6 @@ SETTINGS: dict[str, Setting] = {
             ("n4", "n1", "full"),
             changes={"n_windows": 2, "n_queries": 2},
             tuned_changes={"window_size": 8},
-            seeds=(0,),
         ),
         Setting(
             "rule110",
@@ -302,10 +348,24 @@ SETTINGS: dict[str, Setting] = {
             64,
             76,
             ", and then one about each other quantity on the way to its answer, the hardest first",
-            n_questions=8,
+            {"n_questions": 8},
             base_steps=1000,
             level_steps=250,
             steps=2400,
+        ),
+        filled(
+            "gsm_inf_one_place",
+            "everything asked about one place",
+            80,
+            92,
+            ", and then one about each other quantity that a sentence defines, distractors too, the hardest first; "
+            "one word tells quantities apart",
+            {"n_questions": 8, "questions_about": "text", "vocabulary": "trees", "size": (1, 5)},
+            operations=range(4, 11),
+            names={"first": "four", "second": "five", "last": "ten", "names": "one place and up to five things"},
+            base_steps=2000,
+            level_steps=200,
+            steps=1800,
         ),
         Setting(
             "hops8_ablations",

@@ -177,7 +177,7 @@ def write_results(runs: Runs, docs: Path) -> None:
     counted = [["all seeds together, % (Wilson 95%)", *columns]]
     for variant, done in found.items():
         seconds = statistics.mean(run.cpu_seconds for run in done)
-        cells = [spread(*over_seeds(accuracies(done, t))) for t in difficulties]
+        cells = [spread(accuracies(done, t)) for t in difficulties]
         means.append([label(variant, done), f"{seconds:.0f}", f"t = {frontier(done)}", *cells])
         counted.append([label(variant, done), *(_interval(pooled(done, t)) for t in difficulties)])
     means.append(["the commoner answer always", "", "", *(f"{100 * guess[t]:.1f}" for t in difficulties)])

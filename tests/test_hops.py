@@ -111,6 +111,11 @@ def test_ends_of_pairs_change_nothing_else() -> None:
             query[:3] for query in read(ended, b.input_ids)[1]
         ]
         assert plain.decode(a.input_ids) == ended.decode(b.input_ids)
+    # A checkpoint of before there was a choice is one without ends.
+    assert repr(plain) == (
+        "Hops(seed=0, n_nodes=8, n_queries=8, max_hops=8, hops=None, n_reads=1, n_windows=1, curriculum=0)"
+    )
+    assert repr(ended) == repr(plain).replace("curriculum", "pair_ends=True, curriculum")
 
 
 def test_a_model_may_begin_with_some_of_the_hops() -> None:

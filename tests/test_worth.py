@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -110,16 +112,30 @@ def test_settings_name_arms_and_files_that_there_are() -> None:
 
 
 def test_statistics_by_hand() -> None:
-    assert statistic.over_seeds([0.5]) == (0.5, None)
+    assert statistic.over_seeds([0.5]) == (0.5, None) and statistic.spread([0.5]) == "50.0"
+    assert statistic.over_seeds([0.5, 0.75]) == (0.625, None) and statistic.spread([0.75, 0.5]) == "75.0 / 50.0"
     mean, half = statistic.over_seeds([0.5, 0.6, 0.7])
     # 4.303 * 0.1 / sqrt(3)
     assert mean == pytest.approx(0.6) and half == pytest.approx(0.24843, abs=1e-5)
-    assert statistic.spread(mean, half) == "60.0 ± 24.8"
+    assert statistic.spread([0.5, 0.6, 0.7]) == "60.0 ± 24.8"
     # 8 against 1: 2 (C(9, 0) + C(9, 1)) / 2^9.
     assert statistic.mcnemar("1" * 10 + "0", "0" * 8 + "111") == (8, 1, pytest.approx(20 / 512))
     assert statistic.mcnemar("0101", "0101") == (0, 0, 1.0)
     with pytest.raises(ValueError, match="zip"):
         statistic.mcnemar("01", "011")
+
+
+def test_seeds_that_differ_are_not_added_up() -> None:
+    def runs(*answers: str) -> list[Any]:
+        reports = [replace(Report("t", "d", "test", 1, []), answered=[digits]) for digits in answers]
+        return [SimpleNamespace(seed=seed, report=report) for seed, report in enumerate(reports)]
+
+    ours = runs("1" * 10, "0" * 8 + "11")
+    assert worth_page.paired(ours, runs("0" * 10)) == "10 : 0, p = 0.002"
+    assert worth_page.paired(ours, runs("0" * 10, "0" * 10)) == "12 : 0, p = 0.5"
+    assert worth_page.paired(ours, runs("0" * 10, "1" * 10)) == "seeds differ: 10 : 0, 0 : 8, p = 0.0078"
+    assert worth_page.paired(ours, runs("1" * 10, "1" * 10)) == "0 : 8, p = 1"
+    assert worth_page.paired(ours, []) == ""
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ for a model that walks both ways.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from sleepify.tasks.base import IGNORE, Example, Query, Split, check_curriculum, open_levels, random_stream
@@ -91,6 +91,12 @@ class Hops:
         if self.hops is not None and not self.hops:
             raise ValueError("hops: expected at least one k, got none; leave it out for all")
         check_curriculum(self.curriculum)
+
+    def __repr__(self) -> str:
+        """What tells one task from another (a checkpoint's manifest holds it)."""
+        # Absent from checkpoints of before there was a choice.
+        names = [field.name for field in fields(self) if field.name != "pair_ends" or self.pair_ends]
+        return f"Hops({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
     @property
     def vocab_size(self) -> int:

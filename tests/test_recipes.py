@@ -414,6 +414,43 @@ def recipe_in_process(tmp_path: Path) -> Iterator[Any]:
     yield run
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, False),
+        ({"window_size": 6}, True),
+        ({"width": 12}, True),
+        ({"sleep": False, "test_n_loops": None, "width": 12}, False),
+    ],
+)
+def test_windows_that_the_text_does_not_fill_are_told(
+    recipe_in_process: Any, caplog: pytest.LogCaptureFixture, changes: dict[str, Any], said: bool
+) -> None:
+    recipe_in_process(max_steps=1, test_examples=4, **changes)
+    told = [record.getMessage() for record in caplog.records if "fills windows" in record.getMessage()]
+    assert bool(told) == said
+    if said:
+        text, model = changes.get("width", 8), changes.get("window_size", 8)
+        assert f"windows of {text} tokens, and the model's have {model}" in told[0]
+        assert f"window_size: {text}" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sleep": False}, "expected a sleeping model to choose n_loops and window_sizes of"),
+        ({"test_n_loops": [2, 0]}, "n_loops"),
+        ({"test_window_sizes": [-8]}, "window_sizes"),
+    ],
+)
+def test_what_cannot_be_tested_is_refused_before_the_training(
+    recipe_in_process: Any, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        recipe_in_process(**changes)
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
 def test_lora_trains_inserted_layers_whole_and_folds_into_a_loadable_model(
     recipe_in_process: Any, tmp_path: Path
 ) -> None:

@@ -339,6 +339,16 @@ def test_a_stream_and_a_plain_base_are_trained_by_the_same_recipe(tmp_path):
     assert plain["perplexity"] > 1 and "by_n_loops" not in plain
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [(("--sleep", "false"), "expected a sleeping model"), (("--test_n_loops", "2", "0"), "n_loops")],
+)
+def test_what_cannot_be_tested_is_refused_before_the_training(tmp_path, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, *wrong)
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
 def test_rows_longer_than_the_positions_are_refused_where_positions_run_on(tmp_path):
     lines = [f"extends: {TINY}", "architecture: {max_position_embeddings: 128}", f"output_dir: {tmp_path}"]
     config = tmp_path / "short.yaml"

@@ -8,6 +8,7 @@ A recipe is started with a YAML file, and every field of it, or any other, can b
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from sleepify.files import written_beside
 from sleepify.training.arguments import SleepTrainingArguments
 from sleepify.training.curve import CURVE, Curve, Point
 from sleepify.training.data import TaskDataset
-from sleepify.training.evaluate import Report, evaluate, plot
+from sleepify.training.evaluate import Report, evaluate, plot, settings_of
 from sleepify.training.fitting import Spent, fit, trainer_of, write_notes
 from sleepify.training.model_arguments import ModelArguments, build_model, load_tokenizer, pad_token
 from sleepify.training.runs import TASK
@@ -28,6 +29,8 @@ from sleepify.training.sft import run as run_sft
 from sleepify.training.sleep_arguments import SleepArguments
 from sleepify.training.task_arguments import RECIPES, TaskArguments
 from sleepify.training.text_data import DatasetArguments
+
+logger = logging.getLogger(__name__)
 
 REPORT = "report.json"
 KINDS: dict[str, type[TaskArguments] | type[DatasetArguments]] = {**RECIPES, "sft": DatasetArguments}
@@ -140,6 +143,9 @@ def run(name: str | None = None, argv: Sequence[str] | None = None, description:
     tokenizer: Any = load_tokenizer(recipe.model) if recipe.task.reads_text else None
     task, test_task = (recipe.task.build(test, tokenizer) for test in (False, True))
     model: Any = build_model(recipe.model, recipe.sleep, getattr(task, "vocab_size", None) or len(tokenizer))
+    # What cannot be tested is refused now, not after the training.
+    settings_of(model, recipe.test.test_n_loops, recipe.test.test_window_sizes)
+    note_other_windows(getattr(task, "window_size", None), settings_of(model, None, None)[0][1])
     trainer = trainer_of(model, training, tokenizer, train_dataset=TaskDataset(task))
 
     def test(n_examples: int) -> Report:
@@ -163,6 +169,26 @@ def run(name: str | None = None, argv: Sequence[str] | None = None, description:
     described = {"recipe": recipe.name, "task": asdict(recipe.task), "tokenizer": recipe.model.tokenizer}
     write_notes(trainer, tokenizer, bool(recipe.model.lora_r), {TASK: described})
     return Result(report, spent, curve=curve.points)
+
+
+def note_other_windows(filled: int | None, window_size: int | None) -> bool:
+    """Say that a text does not fill the model's windows, as after a change of the task alone: some of it may still be
+    at hand when it is asked about, or a question lie in two windows. Whether it was said.
+
+    Args:
+        filled: tokens of the windows that the task's text fills; None for a task of no such windows.
+        window_size: L of the model; None for one that does not sleep.
+    """
+    is_other = None not in (filled, window_size) and filled != window_size
+    if is_other:
+        logger.warning(
+            "the task's text fills windows of %d tokens, and the model's have %d: some of it may still be at hand when "
+            "it is asked about, or a question lie in two windows; give window_size: %d unless you mean that",
+            filled,
+            window_size,
+            filled,
+        )
+    return is_other
 
 
 def write_report(report: Report, path: Path) -> None:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, 
 
 from sleepify.config import SleepConfig
 from sleepify.defaults import MAX_DEFAULT_WINDOW, resolve
+from sleepify.training.evaluate import settings_of
 from sleepify.training.fitting import Spent, fit, trainer_of, write_notes
 from sleepify.training.model_arguments import build_model, load_tokenizer, new_architecture, pad_token
 from sleepify.training.runs import TASK
@@ -58,6 +59,8 @@ def run(recipe: Recipe, data: DatasetArguments) -> tuple[Spent, dict[str, Any]]:
     if training.train_sampling_strategy == "random":
         training.train_sampling_strategy = "group_by_length"
     model: Any = build_model(recipe.model, recipe.sleep, len(tokenizer))
+    # What cannot be tested is refused now, not after the training.
+    settings_of(model, recipe.test.test_n_loops, None)
     trainer = trainer_of(model, training, tokenizer, train_dataset=text.train, eval_dataset=text.held_out)
     spent = fit(trainer)
     results = describe(recipe, text, window_size) | asdict(spent)
@@ -131,12 +134,7 @@ def _test(recipe: Recipe, model: Any, held_out: TextRows, window_size: int, pad_
         "pad_id": pad_id,
     }
     results = evaluate_text(model, held_out, **options)
-    if recipe.test.test_n_loops is not None:
-        results["by_n_loops"] = {str(n): evaluate_text(model, held_out, n_loops=n, **options) for n in _loops(recipe)}
+    loops = recipe.test.test_n_loops
+    if loops is not None:
+        results["by_n_loops"] = {str(n): evaluate_text(model, held_out, n_loops=n, **options) for n in loops}
     return results
-
-
-def _loops(recipe: Recipe) -> list[int]:
-    if not recipe.sleep.sleep:
-        raise ValueError("expected test_n_loops to be left out with sleep=False: there is no N")
-    return list(recipe.test.test_n_loops or [])

@@ -87,6 +87,7 @@ ARMS: dict[str, Arm] = {
         Arm("n1", "sleep, N = 1", {"n_loops": 1}),
         Arm("n2", "sleep, N = 2", {"n_loops": 2}),
         Arm("n8", "sleep, N = 8", {"n_loops": 8}),
+        Arm("n4_long", "sleep, N = 4, 2 x the steps", {"n_loops": 4}, steps=2.0, goes_on="n4"),
         Arm("n1_compute", "sleep, N = 1, compute of N = 4", {"n_loops": 1}, steps=COMPUTE, goes_on="n1"),
         Arm("full", "full attention, whole cache", PLAIN),
         Arm("full_long", "full attention, whole cache, 4 x the steps", PLAIN, steps=4.0, goes_on="full"),
@@ -259,7 +260,7 @@ SETTINGS: dict[str, Setting] = {
             HOPS.format(n=16, every=200, queries="ten") + ENDS,
             "hops_base.yaml",
             "hops_small.yaml",
-            ("n4", "full", "n1"),
+            ("n4", "full", "n1", "n4_long", "n1_compute"),
             # With k up to n, a token's hidden state has n - 1 nodes to tell. 640 answers a step, as with 8 nodes.
             changes={
                 "n_nodes": 16,

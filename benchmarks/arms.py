@@ -249,7 +249,7 @@ SETTINGS: dict[str, Setting] = {
             HOPS.format(n=8, every=250, queries="five") + ENDS,
             "hops_base.yaml",
             "hops_small.yaml",
-            ("n4", "n1", "full"),
+            ("n4", "n1", "full", "reread", "n1_compute", "full_2x", "full_4x"),
             changes={"pair_ends": True},
             tuned_changes={"window_size": 24},
             seeds=(0,),

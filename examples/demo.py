@@ -272,7 +272,8 @@ def demo(draft: Path, scale: Scale) -> None:
     rows = {
         "shown": f"how much of a text that is gone can still be reasoned with, at {hardest} steps: "
         + ", ".join(f"{100 * at_hardest(report):.0f}% by {name}" for name, report in reports.items()),
-        "not shown": "language, large models, or what more layers or steps would do: docs/results/worth.md",
+        "not shown": "language, large models, what more layers or steps would do, or pairs with a token between them, "
+        "of which N = 1 learns two steps as well: docs/results/worth.md, docs/choosing.md",
         "saved and loaded": "the same, bit for bit" if is_same else "NOT the same",
         "keys and values": f"{found[0].kv_bytes:,} bytes before sleep, {found[1].kv_bytes:,} after; "
         f"base after {found[-1].tokens:,} tokens: {found[-1].kv_bytes:,}",

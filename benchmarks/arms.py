@@ -141,7 +141,10 @@ HOPS = (
 
 ENDS = " Each pair is followed by a token that ends it, so that which of two neighbours is f of the other is plain."
 
-# Of 16 nodes, where hops_base.yaml's has 64 channels and 2 heads.
+SIXTEEN = {"n_nodes": 16, "max_hops": 16, "n_queries": 10}
+# 640 answers a step, as with the five queries of 8 nodes.
+HALF_BATCH = {"per_device_train_batch_size": 64}
+# With k up to 16 a token's hidden state has 15 nodes to tell; hops_base.yaml's has 64 channels and 2 heads.
 WIDER = {
     "hidden_size": 96,
     "intermediate_size": 192,
@@ -261,14 +264,7 @@ SETTINGS: dict[str, Setting] = {
             "hops_base.yaml",
             "hops_small.yaml",
             ("n4", "full", "n1", "n4_long", "n1_compute"),
-            # With k up to n, a token's hidden state has n - 1 nodes to tell. 640 answers a step, as with 8 nodes.
-            changes={
-                "n_nodes": 16,
-                "max_hops": 16,
-                "n_queries": 10,
-                "pair_ends": True,
-                "per_device_train_batch_size": 64,
-            },
+            changes={**SIXTEEN, **HALF_BATCH, "pair_ends": True},
             architecture=WIDER,
             tuned_changes={"window_size": 48, "max_steps": 3600, "fast_weights_num_heads": 3, "curriculum": 64 * 200},
             seeds=(0,),
@@ -282,7 +278,7 @@ SETTINGS: dict[str, Setting] = {
             "hops_base.yaml",
             "hops_small.yaml",
             ("n4", "full", "n1"),
-            changes={"n_nodes": 16, "max_hops": 16, "n_queries": 10, "per_device_train_batch_size": 64},
+            changes={**SIXTEEN, **HALF_BATCH},
             architecture=WIDER,
             tuned_changes={"window_size": 32, "max_steps": 2000, "fast_weights_num_heads": 3, "curriculum": 64 * 250},
             seeds=(0,),
@@ -297,7 +293,7 @@ SETTINGS: dict[str, Setting] = {
             "hops_base.yaml",
             "hops_small.yaml",
             ("n4", "full", "n1"),
-            changes={"n_nodes": 16, "max_hops": 16, "n_queries": 10},
+            changes=SIXTEEN,
             tuned_changes={"window_size": 32, "max_steps": 2250},
             seeds=(0,),
             asked=9,

@@ -34,6 +34,7 @@ from sleepify.tasks.gsm_infinite import (
     write_examples,
 )
 from sleepify.tasks.gsm_infinite.solver import questions_of, split_sentences
+from sleepify.training.task_arguments import GsmInfiniteArguments
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "fixtures"
 OFFICIAL = SHARED / "gsm_infinite" / "official.jsonl"
@@ -831,3 +832,14 @@ def test_a_task_says_what_it_is_the_same_in_every_process():
     assert repr(task) == repr(again) and "0x" not in repr(task) and task.difficulty_name == "operations"
     other = GsmInfinite(seed=1, operations=[2, 3], depth=2, size=(2, 2), vocabulary=[PETS])
     assert repr(other) != repr(task)
+
+
+def test_a_small_vocabulary_is_named_or_what_was_meant_is_asked() -> None:
+    words = WordTokenizer([PETS, TREES])
+    for theme in (PETS, TREES):
+        task = GsmInfiniteArguments(vocabulary=theme.name, operations=[4]).build(tokenizer=words)
+        assert task.themes == [theme]
+    with pytest.raises(ValueError, match=r"'pets' or 'trees', a file, .*'tree' \(did you mean 'trees'\?\)"):
+        GsmInfiniteArguments(vocabulary="tree").build(tokenizer=words)
+    with pytest.raises(FileNotFoundError):
+        GsmInfiniteArguments(vocabulary="nowhere.jsonl").build(tokenizer=words)

@@ -145,8 +145,9 @@ def run(name: str | None = None, argv: Sequence[str] | None = None, description:
     model: Any = build_model(recipe.model, recipe.sleep, getattr(task, "vocab_size", None) or len(tokenizer))
     # What cannot be tested is refused now, not after the training.
     settings_of(model, recipe.test.test_n_loops, recipe.test.test_window_sizes)
-    note_other_windows(getattr(task, "window_size", None), settings_of(model, None, None)[0][1])
     trainer = trainer_of(model, training, tokenizer, train_dataset=TaskDataset(task))
+    if trainer.is_world_process_zero():
+        note_other_windows(getattr(task, "window_size", None), settings_of(model, None, None)[0][1])
 
     def test(n_examples: int) -> Report:
         return evaluate(
@@ -171,16 +172,15 @@ def run(name: str | None = None, argv: Sequence[str] | None = None, description:
     return Result(report, spent, curve=curve.points)
 
 
-def note_other_windows(filled: int | None, window_size: int | None) -> bool:
+def note_other_windows(filled: int | None, window_size: int | None) -> None:
     """Say that a text does not fill the model's windows, as after a change of the task alone: some of it may still be
-    at hand when it is asked about, or a question lie in two windows. Whether it was said.
+    at hand when it is asked about, or a question lie in two windows.
 
     Args:
         filled: tokens of the windows that the task's text fills; None for a task of no such windows.
         window_size: L of the model; None for one that does not sleep.
     """
-    is_other = None not in (filled, window_size) and filled != window_size
-    if is_other:
+    if None not in (filled, window_size) and filled != window_size:
         logger.warning(
             "the task's text fills windows of %d tokens, and the model's have %d: some of it may still be at hand when "
             "it is asked about, or a question lie in two windows; give window_size: %d unless you mean that",
@@ -188,7 +188,6 @@ def note_other_windows(filled: int | None, window_size: int | None) -> bool:
             window_size,
             filled,
         )
-    return is_other
 
 
 def write_report(report: Report, path: Path) -> None:

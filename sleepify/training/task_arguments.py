@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 from sleepify.tasks import Depo, Hops, Rule110
 from sleepify.tasks.gsm_infinite import PETS, THEMES, TREES, GsmInfinite, read_rows, read_vocabulary
 from sleepify.training.data import Task
+from sleepify.training.settings import suggest
 
 
 class TaskArguments(Protocol):
@@ -162,8 +164,16 @@ class GsmInfiniteArguments:
     def _vocabulary(self) -> Sequence[Any]:
         if self.vocabulary is None:
             return THEMES
-        small = {theme.name: theme for theme in (PETS, TREES)}.get(self.vocabulary)
-        return [small] if small else read_vocabulary(read_rows(self.vocabulary))
+        small = {theme.name: theme for theme in (PETS, TREES)}
+        if self.vocabulary in small:
+            return [small[self.vocabulary]]
+        # A bare word is a misspelt theme: data sets on the Hub have an owner.
+        if not Path(self.vocabulary).suffix and "/" not in self.vocabulary:
+            raise ValueError(
+                f"expected vocabulary to be {' or '.join(map(repr, small))}, a file, or owner/name on the Hub, got "
+                f"{self.vocabulary!r}{suggest(self.vocabulary, small)}"
+            )
+        return read_vocabulary(read_rows(self.vocabulary))
 
 
 @dataclass

@@ -156,10 +156,15 @@ WIDER = {
 GSM = (
     "Problems of {first} to {last} operations about {names}, {tokens} of a tokenizer of words, in "
     "windows of {window}; the answer is a number, at once, without a worked solution; one count of operations more "
-    "every {every} steps. The base, two layers of full attention, was pretrained on {first} and {second} operations; a "
+    "every {every} steps. The base, two layers of full attention, was pretrained on {base}; a "
     "Gated DeltaNet layer was put after each, both are looped. "
 )
-SMALL = {"first": "two", "second": "three", "last": "eight", "names": "two places and two things"}
+SMALL = {
+    "first": "two",
+    "last": "eight",
+    "names": "two places and two things",
+    "base": "two and three operations",
+}
 WHOLE = GSM.format(tokens="36 to 105 tokens", window="24 that are evicted", every=200, **SMALL)
 
 
@@ -171,6 +176,7 @@ def filled(
     then: str = "",
     changes: Mapping[str, Any] | None = None,
     operations: Sequence[int] = range(2, 9),
+    base_operations: Sequence[int] = (2, 3),
     names: Mapping[str, str] = SMALL,
     base_steps: int = 600,
     level_steps: int = 200,
@@ -185,7 +191,8 @@ def filled(
         lowest: fewest tokens of a row.
         then: what follows the question, in words.
         changes: further ones of the task's fields.
-        operations: counts of them, ascending; the base is pretrained on the first two.
+        operations: counts of them, ascending.
+        base_operations: those of the pretraining.
         names: the words for that, and for what the problems are about.
         base_steps: of the pretraining.
         level_steps: until one more count of operations is open.
@@ -201,7 +208,7 @@ def filled(
         "gsm_inf_small.yaml",
         ("n4", "n1", "full"),
         changes={"target_tokens": (lowest, lowest + 12), **(changes or {})},
-        base_changes={"max_steps": base_steps, "operations": tuple(operations[:2])},
+        base_changes={"max_steps": base_steps, "operations": tuple(base_operations)},
         # 64 rows a step.
         tuned_changes={
             "window_size": window,
@@ -355,14 +362,20 @@ SETTINGS: dict[str, Setting] = {
             "everything asked about one place",
             80,
             92,
-            ", and then one about each other quantity that a sentence defines, distractors too, the hardest first; "
-            "one word tells quantities apart",
+            ", and then one about each other quantity that a sentence defines, distractors too, in random order; one "
+            "word tells quantities apart",
             {"n_questions": 8, "questions_about": "text", "vocabulary": "trees", "size": (1, 5)},
-            operations=range(4, 11),
-            names={"first": "four", "second": "five", "last": "ten", "names": "one place and up to five things"},
-            base_steps=2000,
+            operations=range(4, 10),
+            base_operations=(1, 4),
+            names={
+                "first": "four",
+                "last": "nine",
+                "names": "one place and up to five things",
+                "base": "four operations, and on texts of nothing but stated numbers",
+            },
+            base_steps=1500,
             level_steps=200,
-            steps=1800,
+            steps=1500,
         ),
         Setting(
             "hops8_ablations",

@@ -25,6 +25,8 @@ from sleepify.tasks.gsm_infinite.structure import (
 LARGEST = 1000
 """No parameter on the path may exceed this."""
 LITERALS = 4
+STATED = 12
+"""Largest number in a text that is nothing but stated numbers: so large that guessing gains little."""
 MOST_SOURCES = 4
 _REDRAWS = 30
 """How often the numbers of a graph are drawn before it is given up for one that is negative, zero or too large."""
@@ -89,7 +91,7 @@ def draw_core(rng: Random, operations: int, depth: int, reverse: bool, size: tup
 
     Args:
         rng: the stream to draw from.
-        operations: 1 or more (depth 3), 2 or more (depth 2).
+        operations: 1 or more. 1 at depth 2 is our own: a structure of the full size whose every number is stated.
         depth: 2 (counts and totals) or 3 (also averages and their totals).
         reverse: hide a value and ask for it.
         size: most places and things of a structure, at most (5, 5).
@@ -97,6 +99,8 @@ def draw_core(rng: Random, operations: int, depth: int, reverse: bool, size: tup
     Raises:
         ValueError: no problem came out of far more attempts than problems of the full size take.
     """
+    if (operations, depth, reverse) == (1, 2, False):
+        return _draw_stated(rng, size)
     # Half of the operations, and one more from 8 on, where no statistics are published.
     budgets = _BUDGETS[depth, reverse].get(operations, {(operations + 1) // 2 + (operations >= 8): 1})
     attempts = 5000 * operations
@@ -110,6 +114,15 @@ def draw_core(rng: Random, operations: int, depth: int, reverse: bool, size: tup
         f"no {'reverse' if reverse else 'forward'} problem with {operations} operations, depth {depth} and at most "
         f"{size[0]} places x {size[1]} things in {attempts} attempts; ask for fewer operations or a larger size"
     )
+
+
+def _draw_stated(rng: Random, size: tuple[int, int]) -> Core:
+    """Nothing but numbers, one of which is asked for by its name: what must be found before any can be worked with."""
+    n_places, n_things = size
+    structure = Structure(n_places, n_things, (tuple(range(n_things)),) * n_places, depth=2)
+    definitions = {p: Definition((), rng.randint(1, STATED)) for p in structure.instances()}
+    query = rng.choice(list(definitions))
+    return Core(structure, (query,), definitions, evaluate(structure, [query], definitions), None)
 
 
 def _draw_dependencies(rng: Random, structure: Structure, operations: int, budget: int, reverse: bool) -> Core | None:

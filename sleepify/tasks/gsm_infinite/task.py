@@ -32,7 +32,8 @@ class GsmInfinite:
 
     Args:
         seed: of all problems.
-        operations: operation counts, drawn uniformly; 1 needs depth 3.
+        operations: operation counts, drawn uniformly. 1 is of depth 3, as in the benchmark; where depth is 2 alone,
+            texts of stated numbers, one of which is asked for by its name (forward only).
         depth: 2 (counts and totals, the benchmark's "medium"), 3 (also averages, "hard"), or both, drawn uniformly
             among those that can have the operations.
         modes: "forward", "reverse" or both, drawn uniformly.
@@ -57,7 +58,8 @@ class GsmInfinite:
             answer, the hardest first, each to be answered from the text: more to learn from than one number a text.
             Not counted by ``target_tokens`` and ``max_tokens``.
         questions_about: what the further questions are about: "path", quantities on the way to the problem's answer, or
-            "text", all that a sentence defines, distractors too, so that most of them need a fact found by its name.
+            "text", all that a sentence defines, distractors too, so that most of them need a fact found by its name. A
+            text then belongs to one split with all its questions, and the further ones are in random order.
 
     Raises:
         ValueError: nothing to draw from, operations out of reach, too few names, no tokenizer where one is needed, or
@@ -124,11 +126,16 @@ class GsmInfinite:
             raise ValueError(f"expected modes among {get_args(Mode)}, got {modes}")
         if not all(1 <= limit <= 5 for limit in size) or len(size) != 2:
             raise ValueError(f"expected a size of 1 to 5 places and things, got {size}")
+        if self.operations[0] == 1 and self.depths == [2] and "reverse" in self.modes:
+            raise ValueError(
+                f"expected modes ['forward'] with 1 operation at depth 2, got {self.modes}: nothing is worked out "
+                "there that could be turned round; add depth 3, or leave 1 out of operations"
+            )
         for theme in self.themes:
             if not self._depths(theme, self.operations[0]):
                 raise ValueError(
                     f"theme {theme.name!r} has no problems of {self.operations[0]} operations and depth {self.depths}: "
-                    "1 operation needs depth 3, and depth 3 a theme with averages"
+                    "1 operation needs depth 3, or 2 alone, and depth 3 a theme with averages"
                 )
             if self.target and not (theme.noise_places and theme.noise_things):
                 raise ValueError(f"target_tokens needs noise names, theme {theme.name!r} has none; choose other themes")
@@ -156,7 +163,8 @@ class GsmInfinite:
         )
 
     def _depths(self, theme: Theme, operations: int) -> list[int]:
-        return [depth for depth in self.depths if (theme.each is not None if depth == 3 else operations > 1)]
+        stated = self.depths == [2]
+        return [depth for depth in self.depths if (theme.each is not None if depth == 3 else operations > 1 or stated)]
 
     def problem(self, index: int, split: Split = "train") -> Problem:
         """Problem number ``index`` of a split.
@@ -184,7 +192,7 @@ class GsmInfinite:
             core = draw_core(rng, operations, depth, mode == "reverse", size)
             words = draw_words(rng, theme, core.structure.n_places, core.structure.n_things)
             lines = sentences(core, words)
-            if _split_of(lines, words.question(core.query)) != split:
+            if self._split_of(lines, words.question(core.query)) != split:
                 continue
             bare = Problem(
                 "", words.question(core.query), solution(rng, core, words), core.answer, operations, theme.name, mode
@@ -207,14 +215,21 @@ class GsmInfinite:
         if self.questions_about == "text":
             questions = list(dict.fromkeys([*questions, *questions_of(problem.problem)]))
         questions.remove(problem.question)
-        questions = [question for question in questions if _split_of(lines, question) == split]
+        questions = [question for question in questions if self._split_of(lines, question) == split]
         rng = random_stream("gsm_infinite questions", self.seed, split, index)
         further = []
         for question in rng.sample(questions, min(self.n_questions - 1, len(questions))):
             found = solve(problem.problem, question)
             asked = replace(problem, question=question, answer=found.answer, operations=found.operations, solution="")
             further.append(asked)
-        return sorted(further, key=lambda each: -each.operations)
+        # In one order a question's place would tell what kind of answer it has.
+        return further if self.questions_about == "text" else sorted(further, key=lambda each: -each.operations)
+
+    def _split_of(self, lines: list[str], question: str) -> Split:
+        """Where a problem belongs, whatever its noise and the order of its sentences: its text where all is asked."""
+        asked = [] if self.questions_about == "text" else [question]
+        digest = hashlib.sha256("\n".join([*sorted(lines), *asked]).encode()).digest()
+        return "test" if int.from_bytes(digest[:8], "big") % _TEST_SHARE == 0 else "train"
 
     def example(self, index: int, split: Split = "train") -> Example:
         """Row number ``index`` of a split; a query's difficulty is its operation count.
@@ -320,9 +335,3 @@ def _target(tokens: int | tuple[int, int]) -> tuple[int, int]:
 def _shuffled(rng: Random, bare: Problem, lines: list[str]) -> Problem:
     text = " ".join(rng.sample(lines, len(lines)))
     return Problem(text, bare.question, bare.solution, bare.answer, bare.operations, bare.theme, bare.mode)
-
-
-def _split_of(lines: list[str], question: str) -> Split:
-    """Where a problem belongs, whatever its noise and the order of its sentences."""
-    digest = hashlib.sha256("\n".join([*sorted(lines), question]).encode()).digest()
-    return "test" if int.from_bytes(digest[:8], "big") % _TEST_SHARE == 0 else "train"

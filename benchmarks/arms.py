@@ -262,7 +262,6 @@ SETTINGS: dict[str, Setting] = {
             ("n4", "n1", "full", "reread", "n1_compute", "full_2x", "full_4x"),
             changes={"pair_ends": True},
             tuned_changes={"window_size": 24},
-            seeds=(0,),
         ),
         Setting(
             "hops16",

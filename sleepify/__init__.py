@@ -11,6 +11,7 @@ from types import ModuleType
 
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sleepify import models as models  # registers jet_nemotron and ouro
 from sleepify.cache import SleepCache
@@ -32,6 +33,8 @@ from sleepify.version import __version__
 
 AutoConfig.register("sleepify", SleepConfig, exist_ok=True)
 AutoModelForCausalLM.register(SleepConfig, SleepForCausalLM, exist_ok=True)
+# By its name transformers' Trainer knows that label smoothing is of the labels of the next tokens.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[SleepConfig.model_type] = SleepForCausalLM.__name__
 # `transformers serve` and `chat` look a checkpoint's architecture up by its name. transformers imports itself a second
 # time while it loads, so that there may be two of it, and who holds the first no longer finds it in `sys.modules`.
 _held = (getattr(module, "__dict__", {}).get("transformers") for module in list(sys.modules.values()))

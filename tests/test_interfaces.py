@@ -408,3 +408,15 @@ def test_ranks_that_want_logits_call_the_same_layers(monkeypatch):
     assert len(orders) == 1
     with pytest.raises(ValueError, match="one text per row where layers are sharded.*position_ids"):
         rounds.equalise(batches[0] | {"position_ids": torch.arange(30)[None]}, 8, apart=False)
+
+
+@pytest.mark.parametrize("family", ["sleepify", "ouro", "jet_nemotron"])
+def test_labels_are_smoothed_at_the_tokens_before_them(family, tmp_path):
+    model = trainable() if family == "sleepify" else tiny_base(family, torch.float32)
+    common = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    args = TrainingArguments(**common, label_smoothing_factor=0.1)
+    trainer = Trainer(model, args, train_dataset=rows_of(9), data_collator=SleepCollator(0, "right"))
+    batch = SleepCollator(0, "right")(rows_of(12, 20))
+    logits = model(batch["input_ids"], batch["attention_mask"]).logits[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten(), label_smoothing=0.1)
+    assert_close(trainer.compute_loss(model, dict(batch)), expected, FLOAT32)

@@ -319,6 +319,13 @@ def test_arguments_are_checked(tmp_path):
         SleepTrainer(sleeping(), arguments(tmp_path), train_dataset=TaskDataset(TASK))
 
 
+def test_each_process_reads_a_stream_itself(tmp_path):
+    """Accelerate would join the batches of all processes, which differ in width."""
+    assert arguments(tmp_path).accelerator_config.dispatch_batches is False
+    chosen = arguments(tmp_path, accelerator_config={"dispatch_batches": True})
+    assert chosen.accelerator_config.dispatch_batches
+
+
 # --- steps that are not finite
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -93,6 +94,10 @@ class SleepTrainingArguments(ObjectiveArguments, TrainingArguments):
         self.optim = TrainingArguments.default_optim
         super().__post_init__()
         self.optim = None
+        accelerator: Any = self.accelerator_config
+        if accelerator.dispatch_batches is None:
+            # Of a stream Accelerate would join the batches of all processes, which differ in width.
+            accelerator.dispatch_batches = False
         if self.train_only is not None and self.train_only not in TRAINED:
             raise ValueError(f"expected train_only to be one of {', '.join(TRAINED)}, got {self.train_only!r}")
         for name in ("muon_learning_rate", "adamw_learning_rate"):

@@ -294,6 +294,20 @@ def test_losses_are_the_same_however_a_step_is_cut(tmp_path):
     assert whole == pytest.approx(cut, abs=1e-5) and whole[0] > trained(tmp_path)[0] + 0.1
 
 
+@pytest.mark.parametrize("losses", [{"distill": 1.0}, {"reconstruct": 1.0}, {"pass_loss": "all"}, EVERYTHING])
+def test_evaluation_tells_the_cross_entropy_whatever_is_trained_on(losses, tmp_path):
+    model, found = small.trainable(n_loops=3), []
+    for given in ({}, losses):
+        trainer = SleepTrainer(
+            model,
+            SleepTrainingArguments(str(tmp_path), use_cpu=True, disable_tqdm=True, train_only="fast_weights", **given),
+            eval_dataset=TaskDataset(TASK, "test", n_examples=3),
+            data_collator=SleepCollator(0),
+        )
+        found.append(trainer.evaluate()["eval_loss"])
+    assert found[0] == found[1]
+
+
 def test_a_loss_of_ones_own_takes_the_place_of_cross_entropy(tmp_path):
     def doubled(logits, targets):
         return 2 * cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")

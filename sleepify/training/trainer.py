@@ -106,8 +106,7 @@ class SleepTrainer(SleepPushes):
         super().__init__(model, args, **kwargs)
         check_sharding(self.args, self.accelerator)
         self._autocast = autocast_under_fsdp(self.accelerator)
-        self.nonfinite_steps = 0
-        self._nonfinite_in_a_row = 0
+        self.nonfinite_steps = self._nonfinite_in_a_row = 0
         self._loss_is_bad = torch.zeros((), dtype=torch.bool, device=args.device)
         self._stop, self._stop_agreed = StopRequest(), False
         self._loops_since_log: list[int] = []
@@ -199,12 +198,12 @@ class SleepTrainer(SleepPushes):
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model: nn.Module, inputs: Any, prediction_loss_only: bool, *args: Any, **kw: Any) -> Any:
-        """The Trainer's; logits are made only where somebody will look at them."""
-        self._loss_only = prediction_loss_only
+        """The Trainer's; logits are made only where somebody will look at them. The loss is cross entropy."""
+        objectives, self._objectives, self._loss_only = self._objectives, None, prediction_loss_only
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kw)
         finally:
-            self._loss_only = False
+            self._objectives, self._loss_only = objectives, False
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
         """Around every call of the model: autocast where Accelerate sees to none."""

@@ -14,10 +14,20 @@ import small
 import torch
 from families import tiny_base, tokens
 from tolerances import FLOAT32, assert_close
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
 from sleepify import SleepForCausalLM
-from sleepify.training import DatasetArguments, DatasetError, TextRows, evaluate_text, load_text
+from sleepify.training import (
+    DatasetArguments,
+    DatasetError,
+    SleepCollator,
+    SleepTrainer,
+    SleepTrainingArguments,
+    TextRows,
+    evaluate_text,
+    load_text,
+)
 from sleepify.training import recipe as recipes
 from sleepify.training.text_data import describe_windows
 from sleepify.training.text_evaluate import answer_distance, bucket, distances
@@ -194,6 +204,51 @@ def test_held_out_rows_are_not_trained_on_and_similar_lengths_come_together(tmp_
 def grouped(rows, size):
     lengths = [rows.lengths[i] for i in rows.sampler(size)]
     return [lengths[i : i + size] for i in range(0, len(lengths), size)]
+
+
+def test_an_epoch_has_its_own_order_which_a_resumed_run_finds_again(tmp_path):
+    rows = load(write(tmp_path / "data.jsonl", [{"text": "AB" * (n % 5 + 2)} for n in range(12)])).train
+
+    def trainer(steps, **settings):
+        settings |= {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2, "logging_steps": 1}
+        return SleepTrainer(
+            small.trainable(layers=1, window_size=4),
+            SleepTrainingArguments(
+                str(tmp_path / "run"),
+                max_steps=steps,
+                lr_scheduler_type="constant",
+                train_sampling_strategy="group_by_length",
+                use_cpu=True,
+                disable_tqdm=True,
+                **settings,
+            ),
+            train_dataset=rows,
+            data_collator=SleepCollator(0),
+        )
+
+    def told(run):
+        return [line["loss"] for line in run.state.log_history if "loss" in line]
+
+    first, orders = trainer(10), []
+    first.train()
+    for epoch in (0, 1, 0):
+        rows.set_epoch(epoch)
+        orders.append(list(rows.sampler(2)))
+    assert orders[0] == orders[2] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == list(range(12))
+    assert list(rows.sampler(2, seed=1)) != orders[2]
+    # Within the second epoch of six steps.
+    second = trainer(10)
+    second.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-8"))
+    assert told(second) == told(first)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_that_have_no_part_of_a_stream_end(workers, tmp_path):
+    path = write(tmp_path / "data.jsonl", [{"text": "ab" * n} for n in range(1, 8)])
+    stream = load(path, streaming=True, held_out=2).train
+    batches = DataLoader(stream, batch_size=2, collate_fn=list, num_workers=workers, timeout=60)
+    found = [row["input_ids"] for batch in islice(batches, 4) for row in batch]
+    assert found == [row["input_ids"] for row in islice(stream, 8)]
 
 
 def test_rows_that_never_sleep_are_warned_about_before_training(tmp_path, caplog):

@@ -15,10 +15,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from random import Random
 from typing import Any
 
+import torch
 from torch.utils.data import Dataset, IterableDataset
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 
 from sleepify.training.settings import json_object
 from sleepify.training.text_format import FORMATS, DatasetError, Encoder, recognise
@@ -81,6 +83,7 @@ class TextRows(Dataset[dict[str, list[int]]]):
     def __init__(self, rows: Any) -> None:
         self.rows = rows
         self.lengths: list[int] = list(rows["length"])
+        self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -100,21 +103,42 @@ class TextRows(Dataset[dict[str, list[int]]]):
             known.update(repr(self[index]["input_ids"]).encode())
         return known.hexdigest()
 
-    def sampler(self, batch_size: int) -> LengthGroupedSampler:
+    def set_epoch(self, epoch: int) -> None:
+        """Begin this pass over the rows; Accelerate calls it."""
+        self.epoch = epoch
+
+    def sampler(self, batch_size: int, seed: int = 0) -> GroupedRows:
         """Rows at random, those of similar length together."""
-        return LengthGroupedSampler(batch_size, lengths=self.lengths)
+        return GroupedRows(self, batch_size, seed)
+
+
+class GroupedRows(LengthGroupedSampler):
+    """transformers' sampler, whose order follows from seed and epoch alone, so that a run that resumes within an epoch
+    reads the rows that are left of it."""
+
+    def __init__(self, rows: TextRows, batch_size: int, seed: int) -> None:
+        super().__init__(batch_size, lengths=rows.lengths)
+        self.rows, self.seed = rows, seed
+
+    def __iter__(self) -> Iterator[int]:
+        drawn = torch.Generator().manual_seed(Random(f"{self.seed}/{self.rows.epoch}").getrandbits(63))
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=drawn))
 
 
 class TextStream(IterableDataset[dict[str, list[int]]]):
-    """Rows that are tokenised as they come, over and over, sorted by length some at a time."""
+    """Rows that are tokenised as they come, over and over, sorted by length some at a time. Of several workers each
+    reads files of its own; one for which there is none ends."""
 
     def __init__(self, rows: Any, encoder: Encoder, skip: int, batch_size: int) -> None:
         self.rows, self.encoder, self.skip, self.batch_size = rows, encoder, skip, batch_size
 
     def __iter__(self) -> Iterator[dict[str, list[int]]]:
-        while True:
+        ends = False
+        while not ends:
+            ends = True
             rows = (self.encoder(row, number) for number, row in enumerate(self.rows) if number >= self.skip)
             while some := list(islice(rows, GROUPED * self.batch_size)):
+                ends = False
                 some.sort(key=lambda row: row["length"])
                 yield from ({"input_ids": row["input_ids"], "labels": row["labels"]} for row in some)
 

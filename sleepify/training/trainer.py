@@ -132,7 +132,8 @@ class SleepTrainer(SleepPushes):
         if isinstance(dataset, TaskDataset):
             return SequentialSampler(dataset)
         if isinstance(dataset, TextRows) and self.args.train_sampling_strategy == "group_by_length":
-            return dataset.sampler(self.args.train_batch_size * self.args.gradient_accumulation_steps)
+            args, seed = self.args, self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return dataset.sampler(args.train_batch_size * args.gradient_accumulation_steps, seed)
         return super()._get_train_sampler(train_dataset)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

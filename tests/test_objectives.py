@@ -12,7 +12,7 @@ import torch
 from families import tiny_base, tokens, true_float64
 from tolerances import EXACT, EXACT_GRAD, assert_close
 from torch.nn.functional import cross_entropy, log_softmax
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DataCollatorWithFlattening
 from transformers.integrations import deepspeed
 
 from sleepify import FastWeightConfig, SleepCache
@@ -271,7 +271,7 @@ def without_keys(memory):
 TASK = Rule110(width=8, n_strings=2, steps=2)
 
 
-def trained(directory, model=None, criterion=None, rows=4, data=None, **changes):
+def trained(directory, model=None, criterion=None, rows=4, data=None, collator=None, **changes):
     settings = {"max_steps": 2, "per_device_train_batch_size": rows, "logging_steps": 1, "save_strategy": "no"}
     settings |= {"use_cpu": True, "disable_tqdm": True, "output_dir": str(directory), "train_only": "fast_weights"}
     trainer = SleepTrainer(
@@ -279,7 +279,7 @@ def trained(directory, model=None, criterion=None, rows=4, data=None, **changes)
         SleepTrainingArguments(**(settings | changes)),
         criterion=criterion,
         train_dataset=data or TaskDataset(TASK),
-        data_collator=SleepCollator(0),
+        data_collator=collator or SleepCollator(0),
     )
     trainer.train()
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
@@ -292,6 +292,20 @@ def test_losses_are_the_same_however_a_step_is_cut(tmp_path):
     whole = trained(tmp_path, **EVERYTHING)
     cut = trained(tmp_path, rows=2, gradient_accumulation_steps=2, **EVERYTHING)
     assert whole == pytest.approx(cut, abs=1e-5) and whole[0] > trained(tmp_path)[0] + 0.1
+
+
+PACKED = [{"distill": 1.0, "distill_at": at} for at in ("labels", "later", "all")]
+
+
+@pytest.mark.parametrize("losses", [*PACKED, {"reconstruct": 1.0}, {"pass_loss": "all"}, EVERYTHING])
+def test_packed_rows_have_the_losses_of_the_texts_that_they_are(losses, tmp_path):
+    texts = [{"input_ids": tokens(1, length, seed=length)[0].tolist()} for length in (20, 7, 30)]
+    found = []
+    for collator in (SleepCollator(0), DataCollatorWithFlattening()):
+        data = [row | {"labels": row["input_ids"]} for row in texts] if not found else texts
+        changes = {"max_steps": 1, "train_sampling_strategy": "sequential", "collator": collator}
+        found += trained(tmp_path, data=data, **changes, **losses)
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
 
 
 @pytest.mark.parametrize("losses", [{"distill": 1.0}, {"reconstruct": 1.0}, {"pass_loss": "all"}, EVERYTHING])

@@ -34,6 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from sleepify.loss import PIECE, Asked
 from sleepify.memory import Memory
 from sleepify.modeling import SleepForCausalLM
+from sleepify.packing import Marks
 from sleepify.recompute import recompute
 from sleepify.schedule import Sleep
 from sleepify.sleep import wake
@@ -41,6 +42,7 @@ from sleepify.snapshot import Window
 from sleepify.tasks.base import IGNORE
 from sleepify.training.arguments import SleepTrainingArguments
 from sleepify.training.objective_arguments import PASS_LOSS_WEIGHT, ObjectiveArguments
+from sleepify.training.rounds import PACKED
 from sleepify.training.teacher import Teacher, own_teacher
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -134,7 +136,7 @@ class Objectives:
 
     def _taught(self, inputs: dict[str, Any]) -> Tensor:
         """The tokens [B, T] whose predictions the base teaches, labels or not."""
-        place = _places(inputs)
+        _, place = _texts(inputs)
         first = 1 + (self.model.options().window_size if self.arguments.distill_at == "later" else 0)
         return place >= first
 
@@ -143,11 +145,12 @@ class Objectives:
         counts = []
         for batch in batches:
             inputs = self.prepare(dict(batch))
-            place = _places(inputs)
+            text, place = _texts(inputs)
             follows = place >= 1
             labelled = (inputs.get(SUPERVISED, inputs["labels"]) != IGNORE) & follows
             taught = labelled if SUPERVISED not in inputs else self._taught(inputs)
-            ends = torch.where((inputs["labels"] != IGNORE) & follows, place, 0).amax(1)
+            last = torch.where((inputs["labels"] != IGNORE) & follows, place, 0).flatten()
+            ends = torch.zeros_like(last).scatter_reduce_(0, text.flatten(), last, "amax")
             sleeps = (ends - 1).clamp_(min=0) // self.model.options().window_size
             counts.append(torch.stack([labelled.sum(), taught.sum(), sleeps.sum() * self._span()]))
         return torch.stack(counts).sum(0)
@@ -339,11 +342,18 @@ def sleeping_model(model: nn.Module) -> SleepForCausalLM:
     return next(module for module in model.modules() if isinstance(module, SleepForCausalLM))
 
 
-def _places(inputs: dict[str, Any]) -> Tensor:
-    """The place of every real token in its row [B, T], from 0; -1 for padding."""
+def _texts(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The text of every token [B, T], numbered over the batch, and its place in it [B, T], from 0; -1 for padding."""
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-    mask = torch.ones_like(ids) if mask is None else mask.long()
-    return torch.where(mask == 1, mask.cumsum(1) - 1, -1)
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask == 1
+    begins = real & (real.cumsum(1) == 1)
+    if told := {name: inputs[name] for name in PACKED & inputs.keys()}:
+        here = {name: each.cpu().numpy() for name, each in Marks(**told).tensors(*ids.shape).items()}
+        if (packed := Marks.begins(here, real.cpu().numpy(), None, 0)) is not None:
+            begins[real] = torch.from_numpy(packed).to(ids.device)
+    number, text = real.flatten().cumsum(0) - 1, (begins.flatten().cumsum(0) - 1).clamp_(min=0)
+    place = number - number[begins.flatten()][text]
+    return text.view_as(ids), torch.where(real, place.view_as(ids), -1)
 
 
 def _wide(logits: Tensor) -> Tensor:

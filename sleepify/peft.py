@@ -121,7 +121,8 @@ def _inject(function: Callable[..., Any], tuner: Any, model: nn.Module, adapter_
 
 
 def _check_layers(config: Any, model: Any) -> None:
-    """See that a loaded adapter was trained with the inserted layers that the model has.
+    """See that a loaded adapter was trained with the inserted layers that the model has; warn if the model sleeps in
+    another way than it did then.
 
     Raises:
         CheckpointError: naming what differs, and what to do.
@@ -137,6 +138,13 @@ def _check_layers(config: Any, model: Any) -> None:
             f"expected the inserted layers that the adapter was trained with, got {'; '.join(differing)}: load it onto "
             + (f"the checkpoint that it was trained on ({trained_on}), or " if trained_on else "")
             + f"sleepify(base, **peft.PeftConfig.from_pretrained(adapter).auto_mapping[{_SLEPT!r}])"
+        )
+    how = {n: (getattr(model.config, n), slept[n]) for n in _HOW if n in slept}
+    if other := [f"{n}={now!r}, not {then!r}" for n, (now, then) in how.items() if now != then]:
+        warnings.warn(
+            f"this adapter was trained on a model that slept otherwise than this one: {'; '.join(other)}; set them in "
+            "model.config to have it sleep as it was trained",
+            stacklevel=3,
         )
 
 

@@ -90,6 +90,18 @@ def test_an_adapter_tells_how_its_model_slept(tmp_path, way, task_type):
     assert peft.PeftConfig.from_pretrained(tmp_path / "again").auto_mapping["sleepify"] == slept
 
 
+@pytest.mark.parametrize("load", [by_peft, by_transformers])
+def test_who_sleeps_otherwise_than_the_adapter_was_trained_is_warned(tmp_path, load, recwarn):
+    """As the checkpoint of an adapter does, whose settings were changed before it was trained."""
+    made(layers=[1]).save_pretrained(tmp_path / "whole")
+    model = SleepForCausalLM.from_pretrained(tmp_path / "whole", n_loops=2, window_size=4)
+    peft.get_peft_model(model, lora_config(model, r=2)).save_pretrained(tmp_path / "adapter")
+    load(SleepForCausalLM.from_pretrained(tmp_path / "whole", n_loops=2, window_size=4), tmp_path / "adapter")
+    assert not [each for each in recwarn if "slept otherwise" in str(each.message)]
+    with pytest.warns(UserWarning, match="slept otherwise than this one: n_loops=3, not 2; window_size=5, not 4; set"):
+        load(SleepForCausalLM.from_pretrained(tmp_path / "whole"), tmp_path / "adapter")
+
+
 def test_a_configuration_may_serve_several_models_and_an_adapter_of_before_says_nothing(tmp_path):
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["fast_weights.0"], task_type="CAUSAL_LM")
     peft.get_peft_model(made(layers=[1]), config).save_pretrained(tmp_path)

@@ -144,9 +144,11 @@ def test_rows_that_were_trained_on_are_not_tested_as_held_out(trained, tmp_path,
     assert "grown.jsonl to hold out the rows that it held out in training" in error and "give --dataset" in error
 
 
-def test_an_adapter_without_a_base_by_name_points_to_the_merged_model(tmp_path, capsys):
+@pytest.mark.parametrize("base", [None, "mine"])
+def test_an_adapter_points_to_the_merged_model(base, tmp_path, capsys):
+    """Which sleeps as it was trained; the base, by whatever name, may sleep otherwise."""
     (tmp_path / "merged").mkdir()
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": None}))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
     for words in (["evaluate", str(tmp_path), "--text_file", "a.txt"], ["generate", str(tmp_path), "--prompt", "a"]):
         assert cli.main(words) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]

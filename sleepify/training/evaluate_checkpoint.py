@@ -113,7 +113,8 @@ def run(argv: Sequence[str] | None = None, description: str | None = None) -> di
 
 
 def check_whole(model: str) -> None:
-    """See that what lies in a folder is no adapter whose base nobody can name.
+    """See that what lies in a folder is no adapter whose base nobody can name, or beside which the whole model lies: a
+    base that sleeps would do so as it was saved, not as the adapter was trained.
 
     Raises:
         ValueError: if it is; the message names the model with the adapter folded in, if there is one.
@@ -121,11 +122,13 @@ def check_whole(model: str) -> None:
     adapter, merged = Path(model) / "adapter_config.json", Path(model) / MERGED
     if not adapter.is_file() or (Path(model) / "config.json").exists():
         return
+    if merged.exists():
+        raise ValueError(f"expected a whole model, found an adapter in {model}; give {merged}")
     if json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path") is None:
-        advice = (
-            f"give {merged}" if merged.exists() else "load it onto its base, and save what merge_and_unload() gives"
+        raise ValueError(
+            f"expected a whole model, found an adapter in {model} whose base has no name; load it onto its base, and "
+            "save what merge_and_unload() gives"
         )
-        raise ValueError(f"expected a whole model, found an adapter in {model} whose base has no name; {advice}")
 
 
 def _task_of(arguments: EvaluateArguments) -> tuple[str | None, dict[str, Any], str | None]:

@@ -182,6 +182,8 @@ def test_files_folders_and_streams_give_the_same_rows(tmp_path):
     assert [streamed.held_out[i]["input_ids"] for i in range(2)] == wanted[:2]
     # Without end, and sorted by length.
     assert [row["input_ids"] for row in islice(streamed.train, 8)] == [*wanted[2:], *wanted[2:5]]
+    part = load(path, dataset_split="train[2:5]").train
+    assert [part[i]["input_ids"] for i in range(len(part))] == wanted[2:5]
     # A text is one row, whatever its length; only its end can be held out.
     whole = load(tmp_path / "data.txt", held_out=0.25)
     assert len(whole.train) == len(whole.held_out) == 1

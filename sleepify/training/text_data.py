@@ -238,7 +238,8 @@ def read_dataset(arguments: DatasetArguments) -> Any:
         if not path.stat().st_size:
             raise DatasetError(f"{path}: expected rows, got an empty file")
         names: tuple[str, ...] = (reader,)
-        options |= {"data_files": {arguments.dataset_split: str(path)}}
+        # Of a part, train[:100], the split is the name.
+        options |= {"data_files": {arguments.dataset_split.partition("[")[0]: str(path)}}
         options |= {"sample_by": arguments.text_rows} if reader == "text" else {}
     elif reader is not None and not path.exists() and (path.suffix != ".json" or "/" in str(path)):
         raise DatasetError(f"expected a file, found nothing at {path}")

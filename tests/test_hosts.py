@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers.masking_utils import flash_attention_mask
 
 from sleepify import SleepCache, UnsupportedModelError, sleepify
 from sleepify.hosts import Host, WindowCache, host_class, verify
+from sleepify.hosts.narrowing import Narrowing
 from sleepify.memory import LayerState, Memory
 
 
@@ -227,6 +229,71 @@ def test_flash_attention_gets_no_positions_where_there_are_tables(family):
         model(tokens(1, 6))
     tables = getattr(model.blocks.decoder, "rotary_emb", None) is not None
     assert not (tables and any(positions for _, _, positions in RECORDED))
+
+
+# --- threads
+
+
+class Overtaking:
+    """Of two threads that come to a place, the first goes on when the second is there, and that one when it is called.
+
+    Where the second is kept from coming the first goes on by itself.
+    """
+
+    def __init__(self):
+        self.first, self.second, self.called = threading.Lock(), threading.Event(), threading.Event()
+        self.by_itself = False
+
+    def here(self, *_):
+        if self.first.acquire(blocking=False):
+            self.by_itself = not self.second.wait(0.5)
+        elif not self.by_itself and not self.second.is_set():
+            self.second.set()
+            assert self.called.wait(60)
+
+    def run(self, call):
+        """Both threads, the second of which is called when the first has ended; what the two gave."""
+        found = []
+        threads = [threading.Thread(target=lambda: found.append(call())) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        while all(thread.is_alive() for thread in threads):
+            threads[0].join(0.01)
+        self.called.set()
+        for thread in threads:
+            thread.join(60)
+        return found
+
+
+@pytest.mark.parametrize("family", ["nemotron_h", "zamba2"])
+def test_two_threads_leave_the_base_as_it_was(family):
+    """Mixers are changed for the length of a call; a second thread must not put back what the first one changed."""
+    model, ids = sleeping(family).eval(), tokens(1, 1)
+    before, overtaking = set(model.state_dict()), Overtaking()
+
+    def read():
+        with torch.no_grad():
+            return model(ids).logits
+
+    expected = read()
+    hook = model.blocks.layers[0].register_forward_pre_hook(overtaking.here)
+    found = overtaking.run(read)
+    hook.remove()
+    assert len(found) == 2 and all(torch.equal(logits, expected) for logits in found)
+    assert set(model.state_dict()) == before
+
+
+def test_of_two_threads_each_has_its_reach_to_the_end():
+    layer, overtaking = nn.Module(), Overtaking()
+    layer.sliding_window = None
+    narrowing = Narrowing(layer)
+
+    def look():
+        with narrowing.to(3):
+            overtaking.here()
+            return layer.sliding_window
+
+    assert overtaking.run(look) == [3, 3] and layer.sliding_window is None
 
 
 # --- verify

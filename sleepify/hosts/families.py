@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from sleepify.hosts.driver import Frame, Host
+from sleepify.hosts.narrowing import ALONE
 from sleepify.hosts.window_cache import WindowCache
 
 
@@ -59,6 +60,11 @@ class ClampedMambaHost(Host):
     def layer(self, index: int, hidden_states: Tensor, frame: Frame, cache: WindowCache) -> Tensor:
         if hidden_states.shape[1] > 1:
             return super().layer(index, hidden_states, frame, cache)
+        with ALONE:
+            return self._clamping(index, hidden_states, frame, cache)
+
+    def _clamping(self, index: int, hidden_states: Tensor, frame: Frame, cache: WindowCache) -> Tensor:
+        """The layer, reading one token."""
         # For the length of the call, so that the base itself stays as it is; in the place of the projection that is
         # there now, since peft puts another module there.
         places = [(mixer._modules, mixer.in_proj) for mixer, _ in self._mixers[index]]

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+
+# One thread at a time changes modules for the length of a call: what another one puts back would be gone before the
+# first has used it, or what it found there would be put back for good.
+ALONE = threading.RLock()
 
 
 class Narrowing:
@@ -38,19 +43,20 @@ class Narrowing:
 
     @contextmanager
     def to(self, reach: int | None) -> Iterator[None]:
-        """Within it, a token sees ``reach`` positions, itself included (None: all)."""
-        try:
-            for module, name, value in self._kept:
-                if name == "config":
-                    value = copy.copy(value)
-                    value.sliding_window = reach
-                    module.config = value
-                else:
-                    module.sliding_window = reach
-            yield
-        finally:
-            for module, name, value in self._kept:
-                setattr(module, name, value)
+        """Within it, a token sees ``reach`` positions, itself included (None: all); other threads wait for its end."""
+        with ALONE:
+            try:
+                for module, name, value in self._kept:
+                    if name == "config":
+                        value = copy.copy(value)
+                        value.sliding_window = reach
+                        module.config = value
+                    else:
+                        module.sliding_window = reach
+                yield
+            finally:
+                for module, name, value in self._kept:
+                    setattr(module, name, value)
 
 
 def _names_the_keyword(module: nn.Module) -> bool:

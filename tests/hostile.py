@@ -39,6 +39,8 @@ HOSTILE = {
     "wrong content": (400, {"json": body(messages=[user(5)])}),
     "image": (400, {"json": body(messages=[user([{"type": "image_url", "image_url": {"url": "x"}}])])}),
     "half a character": (400, {"content": json.dumps(body(messages=[user("\ud800")])).encode()}),
+    "half a character as field": (400, {"content": json.dumps(body() | {"\ud800": 1}).encode()}),
+    "half a character within": (400, {"content": json.dumps(body(messages=[user("x") | {"\ud800": 1}])).encode()}),
     "negative limit": (400, {"json": body(max_tokens=-1)}),
     "no limit": (400, {"json": body(max_tokens=0)}),
     "large limit": (400, {"json": body(max_tokens=10**12)}),

@@ -152,7 +152,7 @@ class _Fields:
             elif name in _IDLE:
                 _IDLE[name](name, value)
             else:
-                raise Refusal(400, f"expected no field {name[:80]!r}, which is not known", name[:80],
+                raise Refusal(400, f"expected no field {name[:80]!r}, which is not known", _shown(name),
                               "unknown_parameter")  # fmt: skip
 
 
@@ -171,7 +171,7 @@ def _message(value: Any, name: str, kinds: tuple[str, ...]) -> Message:
     extra = sorted(each for each, what in message.items() if each not in known and what not in (None, [], {}))
     if extra:
         raise Refusal(400, f"expected {name} to have a role and a content, got also {extra[0][:80]!r}, which is not "
-                           "supported", f"{name}.{extra[0][:80]}", "unsupported_parameter")  # fmt: skip
+                           "supported", f"{name}.{_shown(extra[0])}", "unsupported_parameter")  # fmt: skip
     content = message.get("content")
     if isinstance(content, list):
         texts = []
@@ -197,6 +197,11 @@ def _refuse(name: str, expected: str, got: Any) -> NoReturn:
     shown = repr(got)
     shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
     raise Refusal(400, f"expected {name} to be {expected}, got {shown}", name, "invalid_value")
+
+
+def _shown(name: str) -> str:
+    """The beginning of a name that a client has chosen; half a character in it could not be sent back."""
+    return name[:80].encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _text(name: str, value: Any) -> str:

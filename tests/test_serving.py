@@ -368,6 +368,47 @@ def test_a_step_that_fails_ends_only_those_in_it(made):
     assert ends == {"good": "length", "bad": "error"}
 
 
+@pytest.mark.parametrize("what", ["to", "join", "batch_select_indices"])
+def test_where_there_is_no_room_for_sessions_the_thread_goes_on(made, monkeypatch, what):
+    """Between the steps, too: what a session takes is moved to the device, joined with others and taken out again."""
+    model, _ = made
+    session = SleepCache()
+    with torch.no_grad():
+        model(torch.tensor([[7, 8]]), past_key_values=session)
+    scheduler, done, ends = Scheduler(model, set(), Metrics()), threading.Semaphore(0), []
+    real, failed = getattr(SleepCache, what), []
+
+    def broken(*arguments, **keywords):
+        joins = what != "join" or arguments[0][0] is scheduler._together
+        if joins and not failed and threading.current_thread() is scheduler._thread:
+            failed.append(what)
+            raise torch.OutOfMemoryError("no room")
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(SleepCache, what, staticmethod(broken) if what == "join" else broken)
+
+    def deliver(event):
+        if isinstance(event, Ended):
+            ends.append(event.reason)
+            done.release()
+
+    def submit(ids, cache=None):
+        spoken = Spoken(lambda ids: "x" * len(ids))
+        scheduler.submit(Job(cache, ids, Sampling(temperature=0, max_tokens=3 * WINDOW), spoken, deliver))
+
+    submit([7, 8, 9])
+    time.sleep(0.05)
+    submit([7, 8, 9, 10], session.clone())
+    for _ in range(2):
+        assert done.acquire(timeout=60)
+    submit([7, 8])
+    assert done.acquire(timeout=60)
+    alive = scheduler.alive
+    scheduler.close()
+    model.watch = None
+    assert alive and failed == [what] and "error" in ends and ends[2:] == ["length"]
+
+
 def test_rows_draw_for_themselves():
     scores = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     kinds = [Sampling(temperature=0), Sampling(temperature=1.3, seed=5), Sampling(temperature=0.7, top_p=0.4, seed=6)]

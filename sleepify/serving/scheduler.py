@@ -131,11 +131,11 @@ class Scheduler:
     def _run(self) -> None:
         with torch.inference_mode(), unchanged(self.model):
             while self._take_in():
-                self._drop_cancelled()
-                self._set_aside()
+                self._attempt(self._drop_cancelled, list(self._speaking))
+                self._attempt(self._set_aside, list(self._speaking))
                 self._attempt(self._read, self._readers())
                 # A text may end where its window does.
-                self._set_aside()
+                self._attempt(self._set_aside, list(self._speaking))
                 self._attempt(self._speak, list(self._speaking))
         for job in (*self._arrived, *self._waiting, *self._reading, *self._speaking):
             job.deliver(Ended("error", RuntimeError("the server is shutting down")))
@@ -148,12 +148,19 @@ class Scheduler:
             while self._arrived:
                 self._waiting.append(self._arrived.popleft())
         while self._waiting and len(self._reading) + len(self._speaking) < self.rows:
-            job = self._waiting.popleft()
+            self._reading.append(job := self._waiting.popleft())
+            self._attempt(self._begin, [job])
+        for queue in (self._waiting, self._reading):
+            for job in [job for job in queue if job.cancelled.is_set()]:
+                queue.remove(job)
+                job.deliver(Ended("cancelled"))
+        return not self._closing
+
+    def _begin(self, jobs: list[Job]) -> None:
+        for job in jobs:
             job.generator = None if job.sampling is None else job.sampling.generator()
             if job.cache is not None:
                 job.cache = job.cache.clone().to(self._device)
-            self._reading.append(job)
-        return not self._closing
 
     def _attempt(self, step: Callable[[list[Job]], None], jobs: list[Job]) -> None:
         """A step that fails ends those who took part in it, and nobody else."""
@@ -163,19 +170,21 @@ class Scheduler:
             step(jobs)
         except Exception as error:
             log.exception("a step of %d rows failed", len(jobs))
-            self._leave([job for job in jobs if job in self._speaking])
-            for job in jobs:
+            ended = dict.fromkeys(jobs)
+            try:
+                self._leave([job for job in jobs if job in self._speaking])
+            except Exception:
+                # Where there is no room to take others' rows out from among theirs.
+                ended |= dict.fromkeys(self._speaking)
+                self._speaking, self._tokens, self._together = [], [], None
+            for job in ended:
                 if job in self._reading:
                     self._reading.remove(job)
                 job.cache = None
                 job.deliver(Ended("error", error))
 
-    def _drop_cancelled(self) -> None:
-        for queue in (self._waiting, self._reading):
-            for job in [job for job in queue if job.cancelled.is_set()]:
-                queue.remove(job)
-                job.deliver(Ended("cancelled"))
-        gone = [job for job in self._speaking if job.cancelled.is_set()]
+    def _drop_cancelled(self, jobs: list[Job]) -> None:
+        gone = [job for job in jobs if job.cancelled.is_set()]
         self._leave(gone)
         for job in gone:
             job.cache = None
@@ -249,12 +258,11 @@ class Scheduler:
 
     # --- speaking --------------------------------------------------------------------------------------------------
 
-    def _set_aside(self) -> None:
+    def _set_aside(self, jobs: list[Job]) -> None:
         """Those who speak and whose window is full sleep in a step of reading, before others read, in their order."""
-        if self._together is None:
-            return
+        assert self._together is not None
         full = []
-        for job, token, have in zip(self._speaking, self._tokens, self._together.open_lengths, strict=True):
+        for job, token, have in zip(jobs, self._tokens, self._together.open_lengths, strict=True):
             if have == self._window:
                 job.todo = [token]
                 full.append(job)
@@ -299,11 +307,11 @@ class Scheduler:
             together = SleepCache.join([cache for cache in parts if cache is not None])
         elif ended:
             together.batch_select_indices(going)
+        self._together = together if self._together is None else SleepCache.join([self._together, together])
         for row in going:
             jobs[row].cache = None
         self._speaking += [jobs[row] for row in going]
         self._tokens += [token for row in going if (token := tokens[row]) is not None]
-        self._together = together if self._together is None else SleepCache.join([self._together, together])
 
     def _spoken(self, job: Job, token: int | None) -> str | None:
         """Take a token into an answer; why that ends with it, None if it goes on."""
@@ -342,12 +350,12 @@ class Scheduler:
             if id(job) in gone:
                 job.cache = _row(self._together, row)
         if len(stay) < len(self._speaking):
-            self._tokens = [self._tokens[row] for row in stay]
-            self._speaking = [self._speaking[row] for row in stay]
             if stay:
                 self._together.batch_select_indices(stay)
             else:
                 self._together = None
+            self._tokens = [self._tokens[row] for row in stay]
+            self._speaking = [self._speaking[row] for row in stay]
 
 
 def _kind(job: Job) -> tuple[bool, bool]:

@@ -28,7 +28,9 @@ def step_sizes(before: Memory, after: Memory, loop_range: tuple[int, int]) -> Te
     squares = list(_squares(before, after, loop_range).values())
     if not squares:
         return torch.zeros(after.batch_size)
-    moved, whole = (torch.stack(each).sum(0) for each in zip(*squares, strict=True))
+    # Of a base that is spread over devices, each layer's lie beside it.
+    home = squares[0][0].device
+    moved, whole = (torch.stack([x.to(home) for x in each]).sum(0) for each in zip(*squares, strict=True))
     return _share(moved, whole)
 
 
@@ -46,7 +48,7 @@ def _squares(before: Memory, after: Memory, loop_range: tuple[int, int]) -> dict
             continue
         now = layer.recurrent.detach().flatten(1)
         had = before.state[key].recurrent if key in before.state else None
-        moved = now if had is None else now - had.detach().flatten(1)
+        moved = now if had is None else now - had.detach().flatten(1).to(now)
         squares[key] = (moved.square().sum(1), now.square().sum(1))
     return squares
 

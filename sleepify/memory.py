@@ -129,6 +129,8 @@ class Memory:
                 return mine
             if mine is None:
                 mine = theirs.new_zeros(self.batch_size, *theirs.shape[1:])
+            # Rows that were read by a model of another precision or elsewhere, and not since, go where these are.
+            mine = mine.to(theirs)
             return mine.index_copy(0, index.on(theirs.device), theirs)
 
         state = dict(self.state)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from families import VOCAB, tokens
 from small import sleeping
-from tolerances import EXACT, assert_close
+from tolerances import DEVICE32, EXACT, assert_close
 from transformers.generation import StoppingCriteria
 
 from sleepify import CacheMismatchError, SleepCache
@@ -438,3 +438,33 @@ def test_cropping_counts_what_waits(model):
     assert cache.pending == twin.pending
     cache.crop(8)
     assert cache.pending == [[]] and cache.seen == [8]
+
+
+# --- in another precision
+
+
+@pytest.mark.parametrize("fixed_shapes", [False, True])
+@pytest.mark.parametrize("family", ["qwen3", "gpt_neox", "qwen3_next", "falcon_h1", "nemotron_h", "jet_nemotron"])
+def test_a_session_goes_on_where_its_model_is_loaded_in_another_precision(family, fixed_shapes):
+    """Whose it is says nothing of the precision; keys and inputs of convolutions become those of the model now."""
+    wide = sleeping(family).eval()
+    models = {dtype: copy.deepcopy(wide).to(dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)}
+
+    def read(first, then):
+        session, logits = SleepCache(fixed_shapes), []
+        with torch.no_grad():
+            for count in (6, 1):
+                models[first](tokens(2, count, seed=count), past_key_values=session)
+            # One row alone, then both, of which the other has read nothing in the new precision.
+            models[then](tokens(2, 1), attention_mask=torch.tensor([[1], [0]]), past_key_values=session)
+            logits += [models[then](tokens(2, 1, seed=t), past_key_values=session).logits for t in range(2)]
+            # Past the window.
+            assert models[then](tokens(2, 5), past_key_values=session).logits.isfinite().all()
+        return torch.cat(logits, 1)
+
+    expected = read(torch.float32, torch.float32)
+    assert_close(read(torch.float64, torch.float32), expected, DEVICE32, "from float64 to float32")
+    assert_close(read(torch.float32, torch.float64).float(), expected, DEVICE32, "from float32 to float64")
+    for first, then in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        logits = read(first, then)
+        assert logits.isfinite().all() and logits.dtype == then

@@ -20,7 +20,8 @@ class WindowCache(Cache):
 
     transformers' caches copy in place, which cuts gradients and spoils snapshots; this one only replaces. It belongs to
     one layer and does not look at the number by which the layer asks: layers that differ in nothing else then share one
-    compiled graph.
+    compiled graph. What is remembered may lie elsewhere or be of another precision (a session from a file, a model that
+    was loaded otherwise): it is brought to where and what the layer is.
 
     Args:
         past: remembered positions.
@@ -74,7 +75,7 @@ class WindowCache(Cache):
             self.kv = (_written(self.kv[0], self.place, key_states), _written(self.kv[1], self.place, value_states))
             return self.kv
         if self.kv is not None:
-            keys, values = self.kv
+            keys, values = self.kv[0].to(key_states), self.kv[1].to(value_states)
             key_states, value_states = torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
         if self.keep_keys:
             self.kv = (key_states, value_states)
@@ -101,6 +102,9 @@ class WindowCache(Cache):
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         recurrent = self.before.recurrent
+        if recurrent is not None and (made := self.state.conv) is not None:
+            # Layers convolve before they look at their matrix.
+            recurrent = recurrent.to(made.device, torch.promote_types(made.dtype, torch.float32))
         if recurrent is None or self.query_length > 1:
             return recurrent
         # Single-token code writes into the tensor it is given: give it one of its own, and keep it.
@@ -142,7 +146,7 @@ class WindowCache(Cache):
     ) -> Tensor:
         if state_idx:
             raise UnsupportedModelError("expected one convolution state per layer, found more; see docs/add-a-host")
-        old = self.before.conv
+        old = None if self.before.conv is None else self.before.conv.to(conv_states)
         width = conv_kernel_size or (conv_states.shape[-1] if old is None else old.shape[-1])
         full = conv_states if old is None else torch.cat([old, conv_states], -1)
         if full.shape[-1] < width:
@@ -157,11 +161,11 @@ class WindowCache(Cache):
 
 
 def _written(room: Tensor, place: Tensor, new: Tensor) -> Tensor:
-    """Room [B, H, R, d] with the new column [B, H, 1, d] in it; a copy only where autocast changed between calls."""
-    if room.dtype != new.dtype:
-        dtype = torch.promote_types(room.dtype, new.dtype)
-        room, new = room.to(dtype), new.to(dtype)
-    room.index_copy_(2, place, new)
+    """Room [B, H, R, d] with the new column [B, H, 1, d] in it; a copy only where what was read before was read in
+    another precision or elsewhere.
+    """
+    room = room.to(new)
+    room.index_copy_(2, place.to(new.device, non_blocking=True), new)
     return room
 
 

@@ -159,7 +159,9 @@ class JetNemotronDecoderLayer(GradientCheckpointingLayer):
         state = None
         if cache.has_previous_state(self.layer_idx):
             held: Any = cache.layers[self.layer_idx]
-            state = (held.conv_states[0], held.recurrent_states[0])
+            # A session from a file may lie on another device than this layer.
+            parts = (held.conv_states[0], held.recurrent_states[0])
+            state = tuple(part if part is None else part.to(x.device) for part in parts)
             if torch.is_grad_enabled():
                 # transformers' own caches write in place, which would spoil what the backward pass has saved.
                 state = (_own(state[0]), _own(state[1]))

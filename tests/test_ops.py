@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -455,6 +457,25 @@ def test_a_trial_that_fails_leaves_the_rule_to_pytorch(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.warns(UserWarning, match="Hebbian"):
         assert "off by 3e-1" in ops.describe()["gated_hebbian_rule on cuda"]
+
+
+def test_a_trial_is_made_on_the_gpu_of_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new thread begins on the first one, in a process that has another, too."""
+    current = threading.local()
+    current.number = 3
+
+    @contextmanager
+    def on(number: int) -> Iterator[None]:
+        current.number = number
+        yield
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current.number)
+    monkeypatch.setattr(torch.cuda, "device", on)
+    tried: list[Any] = []
+    kernels._apart(lambda: tried.append((getattr(current, "number", 0), threading.current_thread())))
+    ((number, thread),) = tried
+    assert number == 3 and thread is not threading.current_thread()
 
 
 def test_short_conv_kernel_continues_from_the_state(monkeypatch: pytest.MonkeyPatch) -> None:

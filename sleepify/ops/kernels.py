@@ -19,6 +19,7 @@ import importlib
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -200,9 +201,18 @@ def _trial(delta: bool, dtype: torch.dtype, key_dim: int, value_dim: int, with_g
 
 
 def _apart(function: Callable[..., None], *arguments: Any) -> None:
-    """Run in a thread: there no autocast, inference mode or fake tensors hold that may surround the first use."""
+    """Run in a thread: there no autocast, inference mode or fake tensors hold that may surround the first use.
+
+    A thread begins on the first GPU. With a process per GPU every one of them would try there, and hold memory of it.
+    """
+    here = torch.cuda.device(torch.cuda.current_device()) if torch.cuda.is_initialized() else nullcontext()
+
+    def run() -> None:
+        with here:
+            function(*arguments)
+
     with ThreadPoolExecutor(1) as thread:
-        thread.submit(function, *arguments).result()
+        thread.submit(run).result()
 
 
 @functools.cache

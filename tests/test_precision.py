@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sleepify import FastWeightConfig, SleepCache, SleepForCausalLM, sleepify
 from sleepify.fast_weights import LAYERS
-from sleepify.fast_weights.parts import Linear
+from sleepify.fast_weights.parts import Linear, cast_once
 from sleepify.training import SleepTrainingArguments
 from sleepify.training.optim import MuonAdamW, build_optimizer
 from sleepify.training.zero import build_zero_optimizer, keep_float32
@@ -425,3 +425,24 @@ def test_bf16_under_fsdp2_is_autocast_that_leaves_states_and_losses_alone(tmp_pa
     assert all(result["states"] == ["torch.float32"] for result in results.values())
     assert not torch.equal(losses["fsdp2"], losses["fsdp2"].bfloat16().float())
     assert_close(losses["fsdp2"], losses["ddp"], DISTRIBUTED_BFLOAT16)
+
+
+def test_an_answer_that_begins_while_another_ends_keeps_no_cast_of_it():
+    """The other one's thread takes its casts away at any moment."""
+
+    class Ending(Linear):
+        """A layer whose cast is taken away as soon as somebody has seen it."""
+
+        @property
+        def _cast(self):
+            found, self.kept = self.kept, None
+            return found
+
+        @_cast.setter
+        def _cast(self, cast):
+            self.kept = cast
+
+    layer = Ending(6, 4)
+    layer.kept = (layer.weight.bfloat16(), layer.bias.bfloat16())
+    with cast_once(layer, torch.bfloat16):
+        pass

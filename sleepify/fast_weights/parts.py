@@ -80,11 +80,12 @@ def cast_once(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
             for each in model.modules():
                 if not isinstance(each, Linear) or each.weight.dtype == dtype or not _is_plain(each):
                     continue
-                if each._cast is None:
+                cast = each._cast  # looked up once, as above
+                if cast is None:
                     mine.append(each)
                     each._cast = each.weight.to(dtype), None if each.bias is None else each.bias.to(dtype)
                     continue
-                for kept, now in zip(each._cast, (each.weight, each.bias), strict=True):
+                for kept, now in zip(cast, (each.weight, each.bias), strict=True):
                     if kept is not None:
                         kept.copy_(now)
         yield

@@ -129,6 +129,11 @@ class SleepGeneration(GenerationMixin):
             raise ValueError(
                 f"expected cache_implementation=None or 'static', got {kind!r}: a sleeping model has its own SleepCache"
             )
+        if given is not None and generation_config.num_beams not in (None, 1):
+            raise ValueError(
+                f"expected num_beams=1 with a SleepCache, got {generation_config.num_beams}: a session goes on with "
+                "one text a row, and would be left in the middle of several; leave past_key_values out"
+            )
         if given is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = SleepCache(fixed_shapes=kind == "static")
 

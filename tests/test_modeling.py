@@ -75,6 +75,10 @@ def test_beam_search_is_that_without_a_cache():
     mask[0, :3] = 0
     keywords = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False, "eos_token_id": None, "attention_mask": mask}
     assert torch.equal(model.generate(ids, **keywords), model.generate(ids, use_cache=False, **keywords))
+    session = SleepCache()
+    with pytest.raises(ValueError, match="expected num_beams=1 with a SleepCache, got 3"):
+        model.generate(ids, **keywords, past_key_values=session)
+    assert session.now is None
 
 
 def test_assisted_decoding_and_foreign_caches_are_refused_by_name():

@@ -289,3 +289,10 @@ def test_they_compile_and_fit_into_shared_memory(
         for capability, room in SHARED_MEMORY.items() if name in names else ():
             compiled = compile_for(capability, kernel, inputs, dict(sizes))
             assert compiled.asm["cubin"] and compiled.metadata.shared <= room, (name, capability)
+
+
+def test_no_axis_of_a_grid_but_the_first_grows_with_the_rows() -> None:
+    # CUDA ends the others at 65,535; a call of many short texts has more pairs of a row and a head.
+    q, k, v = (torch.empty(5000, 100, 16, 256, device="meta") for _ in range(3))
+    at = triton_rules._Launch(q, k, v, 1.0, True, "ieee")
+    assert at.by_chunk == (80_000, 2) and at.by_chunk_and_key == (80_000, 2, 8) and at.by_column == (80_000, 16)

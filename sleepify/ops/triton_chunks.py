@@ -39,8 +39,8 @@ def place(n_tokens, n_heads, chunk, pair):
 
 @triton.jit
 def own_place(n_tokens, n_heads):
-    """``place`` of this program in a grid of chunks and pairs."""
-    return place(n_tokens, n_heads, tl.program_id(0), tl.program_id(1))
+    """``place`` of this program in a grid of pairs and chunks."""
+    return place(n_tokens, n_heads, tl.program_id(1), tl.program_id(0))
 
 
 @triton.jit
@@ -142,7 +142,7 @@ def prepare(
     KEY: tl.constexpr, BLOCK_K: tl.constexpr,
     NORMALISE: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The marks of a chunk, and R. Grid: chunks, pairs."""
+    """The marks of a chunk, and R. Grid: pairs, chunks."""
     number, row, head, start, n_rows = own_place(n_tokens, n_heads)
     q = first_of(q, row, head, start, q_row, q_token, KEY)
     k = first_of(k, row, head, start, k_row, k_token, KEY)
@@ -177,7 +177,7 @@ def solve(
     KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     DELTA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """u and w of a chunk; u = beta v alone for the Hebbian rule. Grid: chunks, pairs."""
+    """u and w of a chunk; u = beta v alone for the Hebbian rule. Grid: pairs, chunks."""
     number, row, head, start, n_rows = own_place(n_tokens, n_heads)
     k = first_of(k, row, head, start, k_row, k_token, KEY)
     v = first_of(v, row, head, start, v_row, v_token, VALUE)
@@ -205,8 +205,8 @@ def carry_states(
     KEY: tl.constexpr, VALUE: tl.constexpr, ALL_K: tl.constexpr, TILE_V: tl.constexpr,
     HAS_STATE: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All states, chunk after chunk, for some columns of V; x over u, in its place. Grid: tiles of V, pairs."""
-    column, pair = tl.program_id(0) * TILE_V, tl.program_id(1)
+    """All states, chunk after chunk, for some columns of V; x over u, in its place. Grid: pairs, tiles of V."""
+    pair, column = tl.program_id(0), tl.program_id(1) * TILE_V
     n_chunks = tl.cdiv(n_tokens, CHUNK)
     cells, exist = state_cells(0, column, ALL_K, TILE_V, KEY, VALUE)
     of_pair = pair.to(tl.int64) * KEY * VALUE
@@ -247,7 +247,7 @@ def read_out(
     q_row, q_token, k_row, k_token, n_tokens, n_heads, scale,
     KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The outputs of a chunk. Grid: chunks, pairs."""
+    """The outputs of a chunk. Grid: pairs, chunks."""
     number, row, head, start, n_rows = own_place(n_tokens, n_heads)
     q = first_of(q, row, head, start, q_row, q_token, KEY)
     k = first_of(k, row, head, start, k_row, k_token, KEY)

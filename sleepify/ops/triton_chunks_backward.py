@@ -39,7 +39,7 @@ def spread_back(
     q_row, q_token, k_row, k_token, n_tokens, n_heads, scale,
     KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """P^T do, the first part of dx. Grid: chunks, pairs."""
+    """P^T do, the first part of dx. Grid: pairs, chunks."""
     number, row, head, start, n_rows = own_place(n_tokens, n_heads)
     do += ((row * n_tokens + start) * n_heads + head) * VALUE
     q = first_of(q, row, head, start, q_row, q_token, KEY)
@@ -61,8 +61,8 @@ def carry_back(
     KEY: tl.constexpr, VALUE: tl.constexpr, ALL_K: tl.constexpr, TILE_V: tl.constexpr,
     DELTA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of all states, from the last chunk to the first, and the rest of dx. Grid: tiles of V, pairs."""
-    column, pair = tl.program_id(0) * TILE_V, tl.program_id(1)
+    """The gradients of all states, from the last chunk to the first, and the rest of dx. Grid: pairs, tiles of V."""
+    pair, column = tl.program_id(0), tl.program_id(1) * TILE_V
     n_chunks = tl.cdiv(n_tokens, CHUNK)
     cells, exist = state_cells(0, column, ALL_K, TILE_V, KEY, VALUE)
     of_pair = pair.to(tl.int64) * KEY * VALUE
@@ -99,7 +99,7 @@ def values_back(
     DELTA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dv; y over dx, in its place; dq.k products ``dread`` and dk.k products ``dpairs`` [B*H, chunks * 64, 64]; the
-    parts of dg and dbeta that come from inside the chunk, ``partial`` [B*H, chunks, 2, 64]. Grid: chunks, pairs."""
+    parts of dg and dbeta that come from inside the chunk, ``partial`` [B*H, chunks, 2, 64]. Grid: pairs, chunks."""
     number, row, head, start, n_rows = own_place(n_tokens, n_heads)
     q = first_of(q, row, head, start, q_row, q_token, KEY)
     k = first_of(k, row, head, start, k_row, k_token, KEY)
@@ -154,7 +154,7 @@ def keys_back(
     DELTA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the normalised q and k, float32, for some columns of K, and these columns' parts of those of log a,
-    log e and beta, ``partial`` [B*H, chunks, tiles of K, 3, 64]. Grid: chunks, pairs, tiles of K."""
+    log e and beta, ``partial`` [B*H, chunks, tiles of K, 3, 64]. Grid: pairs, chunks, tiles of K."""
     number, row, head, start, n_rows = own_place(n_tokens, n_heads)
     key_tile = tl.program_id(2)
     column_k = key_tile * BLOCK_K
@@ -217,7 +217,7 @@ def finish(
     KEY: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr,
     NORMALISE: tl.constexpr, DELTA: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of q, k, g and beta [B,T,H,...] from the parts. Grid: chunks, pairs."""
+    """The gradients of q, k, g and beta [B,T,H,...] from the parts. Grid: pairs, chunks."""
     number, row, head, start, n_rows = own_place(n_tokens, n_heads)
     first = number * CHUNK
     rows = tl.arange(0, CHUNK)

@@ -56,7 +56,8 @@ class _Launch:
         self.value_dim, self.device = v.shape[-1], v.device
         self.n_pairs, self.n_chunks = batch * self.n_heads, triton.cdiv(self.n_tokens, _CHUNK)
         self.block_k, self.block_v = (min(64, _power(width)) for width in (self.key_dim, self.value_dim))
-        self.by_chunk = (self.n_chunks, self.n_pairs)
+        # Pairs first: a grid's other axes end at 65,535, which many short texts in one call pass.
+        self.by_chunk = (self.n_pairs, self.n_chunks)
         strides = [stride for x in (q, k, v) for stride in x.stride()[:2]]
         self.qk, self.k, self.kv, self.qkv = strides[:4], strides[2:4], strides[2:], strides
         self.sizes = (self.n_tokens, self.n_heads)
@@ -73,7 +74,7 @@ class _Launch:
         # whole keys in shared memory nothing is left for loads ahead of their use when K is beyond 128.
         wide = self.key_dim > 128
         tile_v = min(16 if wide else 32, _power(self.value_dim))
-        self.by_column = (triton.cdiv(self.value_dim, tile_v), self.n_pairs)
+        self.by_column = (self.n_pairs, triton.cdiv(self.value_dim, tile_v))
         self.walk = {"ALL_K": _power(self.key_dim), "TILE_V": tile_v, "num_stages": 1, "num_warps": 8 if wide else 4}
 
     def empty(self, *shape: int) -> Tensor:

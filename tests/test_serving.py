@@ -375,7 +375,8 @@ def test_where_there_is_no_room_for_sessions_the_thread_goes_on(made, monkeypatc
     session = SleepCache()
     with torch.no_grad():
         model(torch.tensor([[7, 8]]), past_key_values=session)
-    scheduler, done, ends = Scheduler(model, set(), Metrics()), threading.Semaphore(0), []
+    scheduler, ends = Scheduler(model, set(), Metrics()), []
+    begun, done = threading.Semaphore(0), threading.Semaphore(0)
     real, failed = getattr(SleepCache, what), []
 
     def broken(*arguments, **keywords):
@@ -388,16 +389,18 @@ def test_where_there_is_no_room_for_sessions_the_thread_goes_on(made, monkeypatc
     monkeypatch.setattr(SleepCache, what, staticmethod(broken) if what == "join" else broken)
 
     def deliver(event):
+        begun.release()
         if isinstance(event, Ended):
             ends.append(event.reason)
             done.release()
 
-    def submit(ids, cache=None):
+    def submit(ids, cache=None, windows=3):
         spoken = Spoken(lambda ids: "x" * len(ids))
-        scheduler.submit(Job(cache, ids, Sampling(temperature=0, max_tokens=3 * WINDOW), spoken, deliver))
+        scheduler.submit(Job(cache, ids, Sampling(temperature=0, max_tokens=windows * WINDOW), spoken, deliver))
 
-    submit([7, 8, 9])
-    time.sleep(0.05)
+    # Long enough for the other to come and go beside it.
+    submit([7, 8, 9], windows=60)
+    assert begun.acquire(timeout=60)
     submit([7, 8, 9, 10], session.clone())
     for _ in range(2):
         assert done.acquire(timeout=60)
@@ -407,6 +410,41 @@ def test_where_there_is_no_room_for_sessions_the_thread_goes_on(made, monkeypatc
     scheduler.close()
     model.watch = None
     assert alive and failed == [what] and "error" in ends and ends[2:] == ["length"]
+
+
+def test_an_answer_that_has_ended_stays_so_where_the_others_cannot_go_on(made, monkeypatch):
+    model, _ = made
+    scheduler, done, ends = Scheduler(model, set(), Metrics()), threading.Semaphore(0), []
+
+    def no_room(caches):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(SleepCache, "join", staticmethod(no_room))
+
+    def deliver(name):
+        def take(event):
+            if isinstance(event, Ended):
+                ends.append((name, event.reason, jobs[name].cache is not None))
+                done.release()
+
+        return take
+
+    def job(name, n):
+        spoken = Spoken(lambda ids: "x" * len(ids))
+        return Job(None, [7, 8, 9], Sampling(temperature=0, max_tokens=n), spoken, deliver(name))
+
+    jobs = {name: job(name, n) for name, n in (("short", 1), ("long", 5), ("longer", 6))}
+    # In one step: what reads is taken in together.
+    with scheduler._wake:
+        scheduler._arrived.extend(jobs.values())
+        scheduler._wake.notify()
+    for _ in jobs:
+        assert done.acquire(timeout=60)
+    alive = scheduler.alive
+    scheduler.close()
+    model.watch = None
+    assert alive and sorted(ends) == [("long", "error", False), ("longer", "error", False), ("short", "length", True)]
+    assert jobs["short"].cache is not None
 
 
 def test_rows_draw_for_themselves():

@@ -52,6 +52,7 @@ class Job:
         cancelled: set from any thread; what was read is dropped.
         made: tokens of the answer, with the one that ended it.
         heard: the session when it had read all of ``todo`` and said nothing.
+        over: whether the answer has come to its end, whatever becomes of those that were made beside it.
     """
 
     cache: SleepCache | None
@@ -63,6 +64,7 @@ class Job:
     generator: torch.Generator | None = None
     made: int = 0
     heard: SleepCache | None = None
+    over: bool = False
 
 
 @dataclass(frozen=True)
@@ -180,8 +182,9 @@ class Scheduler:
             for job in ended:
                 if job in self._reading:
                     self._reading.remove(job)
-                job.cache = None
-                job.deliver(Ended("error", error))
+                if not job.over:
+                    job.cache = None
+                    job.deliver(Ended("error", error))
 
     def _drop_cancelled(self, jobs: list[Job]) -> None:
         gone = [job for job in jobs if job.cancelled.is_set()]
@@ -329,6 +332,7 @@ class Scheduler:
         return "length" if len(job.spoken.ids) >= job.sampling.max_tokens else None
 
     def _end(self, job: Job, reason: str) -> None:
+        job.over = True
         if reason == "error":
             job.cache = None
             job.deliver(Ended("error", ValueError("the model's scores are not finite")))

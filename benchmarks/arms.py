@@ -181,6 +181,7 @@ def filled(
     base_steps: int = 600,
     level_steps: int = 200,
     steps: int = 1600,
+    asked: float = inf,
 ) -> Setting:
     """GSM-Infinite in texts that distractors fill up to a window and a little more: a row sleeps once, on most of it.
 
@@ -197,6 +198,7 @@ def filled(
         base_steps: of the pretraining.
         level_steps: until one more count of operations is open.
         steps: of the fine-tuning.
+        asked: as of a setting.
     """
     tokens, lies = f"{lowest} to {lowest + 12} tokens", f"{window}: the first is evicted, the end of the text is not"
     text = GSM.format(tokens=f"{tokens} (distractors fill them up)", window=lies, every=level_steps, **names)
@@ -216,6 +218,7 @@ def filled(
             "curriculum": 64 * level_steps,
             "max_steps": steps,
         },
+        asked=asked,
     )
 
 
@@ -374,7 +377,8 @@ SETTINGS: dict[str, Setting] = {
             },
             base_steps=1500,
             level_steps=200,
-            steps=1500,
+            steps=1000,
+            asked=8,
         ),
         Setting(
             "hops8_ablations",

@@ -123,6 +123,11 @@ class SleepForCausalLM(
         if isinstance(module, FastWeightLayer):
             module.reset_parameters()
 
+    def is_custom_code(self) -> bool:  # type: ignore[override]
+        """What the base says of itself: in code that is not its own transformers takes a module without weights for
+        loaded, and leaves out what it would fill in (Falcon-H1's factors, which no file holds)."""
+        return bool(self.language_model.is_custom_code())
+
     # --- parts -----------------------------------------------------------------------------------------------------
 
     @property

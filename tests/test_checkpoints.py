@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from families import randomise, tiny_base, tokens
+from families import FAMILIES, randomise, tiny_base, tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small import sleeping
@@ -37,6 +37,17 @@ def test_a_whole_checkpoint_loads_through_the_auto_classes(tmp_path, family):
         assert isinstance(again, SleepForCausalLM) and not again.training
         assert (again.config.n_loops, again.config.window_size, again.config.eviction) == (2, 5, "sliding")
         assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_no_file_holds_is_filled_in_when_a_checkpoint_is_loaded(tmp_path, family):
+    """Rotary frequencies, and factors that a base computes from its configuration."""
+    model = sleepify(tiny_base(family, dtype=torch.float32), window_size=5)
+    model.save_pretrained(tmp_path)
+    again = dict(AutoModelForCausalLM.from_pretrained(tmp_path).named_buffers())
+    buffers = dict(model.named_buffers())
+    assert buffers.keys() == again.keys()
+    assert not [name for name, buffer in buffers.items() if not torch.equal(buffer, again[name])]
 
 
 def test_weights_are_saved_by_the_names_that_a_resuming_trainer_looks_for(tmp_path):

@@ -89,6 +89,13 @@ def test_split_in_any_way_and_padded_in_any_way(family, eviction, exactly):
             assert_close(continued[row], torch.cat(after, 1)[0], EXACT, f"row {row} continued")
 
 
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_text", "jet_nemotron"])
+def test_a_base_of_recurrent_layers_alone_goes_on_where_nothing_is_evicted(family, exactly):
+    base, ids = tiny_base(family, layer_types=["linear_attention"] * 4), tokens(2, 11)
+    expected = base_logits(base, family, ids)
+    assert_close(sleepify(base, n_loops=1, window_size=4)(ids).logits, expected, EXACT, family)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trains_and_generates(family):
     model = sleeping(family).to(torch.float32).train()

@@ -107,7 +107,8 @@ class Host:
         self._calls = [self._call(i) for i in range(self.n_layers)]
         attending = [call for call in self._calls if call.attends]
         self._reaches = list(dict.fromkeys(call.reach for call in attending))
-        self._attending_kinds = list(dict.fromkeys(call.kind for call in attending))
+        # Recurrent layers may ask for rotary tables too, of which they make no use.
+        self._attending_kinds = list(dict.fromkeys(call.kind for call in attending)) or ["full_attention"]
         self._rotary: nn.Module | None = getattr(self.decoder, "rotary_emb", None)
         self._rotary_by_kind = self._rotary is not None and "layer_type" in _parameters(self._rotary)
         self._embedding_scale = getattr(self.decoder, "embedding_multiplier", None)

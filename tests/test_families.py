@@ -8,7 +8,7 @@ import pytest
 import small
 import torch
 from families import FAMILIES, HYBRID, randomise, tiny_base, tokens, true_float64
-from tolerances import EXACT, FLOAT32, assert_close
+from tolerances import EXACT, EXACT_GRAD, FLOAT32, assert_close
 from transformers import AutoModelForCausalLM, GPT2Config, T5Config
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -145,6 +145,49 @@ def test_bfloat16_keeps_its_state_in_float32():
             cache = model(tokens(1, 10)).past_key_values
             model(tokens(1, 1), past_key_values=cache)
         assert {layer.recurrent.dtype for layer in cache.memory.state.values()} == {torch.float32}
+
+
+LENGTHENED = {
+    "phi3": {
+        "original_max_position_embeddings": 12,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0, 1.1, 1.2, 1.3],
+            "long_factor": [2.0, 3.0, 3.1, 3.2],
+            "factor": 4.0,
+            "original_max_position_embeddings": 12,
+            "partial_rotary_factor": 1.0,
+        },
+    },
+    "llama": {
+        "max_position_embeddings": 12,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+    },
+}
+
+
+@pytest.mark.parametrize("family", LENGTHENED)
+def test_positions_past_what_a_base_was_trained_on_rotate_no_row_and_no_piece_otherwise(family):
+    """transformers makes the tables of a whole call from its longest position, and some keep them."""
+    with true_float64():
+        model = small.sleeping(tiny_base(family, **LENGTHENED[family]), window_size=8, eviction="sliding")
+        ids, session = tokens(1, 30), SleepCache()
+        with torch.no_grad():
+            whole = model(ids).logits
+            pieces = [model(piece, past_key_values=session).logits for piece in ids.split([11, 1, 1, 17], dim=1)]
+            assert_close(torch.cat(pieces, 1), whole, EXACT, "in pieces")
+            short = torch.zeros_like(ids).index_copy(1, torch.arange(21, 30), ids[:, :9])
+            mask = torch.ones(2, 30, dtype=torch.long).index_fill(1, torch.arange(21), 0)
+            mask[1] = 1
+            together = model(torch.cat([short, ids]), attention_mask=mask).logits
+            assert_close(together[0, 21:], model(ids[:, :9]).logits[0], EXACT, "beside a longer row")
+        gradients = []
+        for model.config.checkpoint in ("none", "window"):
+            model.zero_grad()
+            model(ids, labels=ids).loss.backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        assert_close(gradients[1], gradients[0], EXACT_GRAD, "recomputed")
 
 
 # --- families that are not listed

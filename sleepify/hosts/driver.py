@@ -21,6 +21,7 @@ from sleepify.arena import Arena
 from sleepify.errors import UnsupportedModelError
 from sleepify.hosts.conventions import ATTENTION, BOTH, RECURRENT, find_decoder, find_norm, layer_kinds
 from sleepify.hosts.narrowing import Narrowing
+from sleepify.hosts.rotary import tables_of
 from sleepify.hosts.window_cache import WindowCache
 from sleepify.memory import LayerState, Memory, changed
 
@@ -110,6 +111,7 @@ class Host:
         # Recurrent layers may ask for rotary tables too, of which they make no use.
         self._attending_kinds = list(dict.fromkeys(call.kind for call in attending)) or ["full_attention"]
         self._rotary: nn.Module | None = getattr(self.decoder, "rotary_emb", None)
+        self._tables = None if self._rotary is None else tables_of(self._rotary, self.config, window)
         self._rotary_by_kind = self._rotary is not None and "layer_type" in _parameters(self._rotary)
         self._embedding_scale = getattr(self.decoder, "embedding_multiplier", None)
         self._embedding_dropout = getattr(self.decoder, "emb_dropout", None)
@@ -254,12 +256,12 @@ class Host:
 
     def rotary(self, hidden_states: Tensor, position_ids: Tensor) -> dict[str, Any]:
         """Rotary tables per kind of attention layer; None where the model has none."""
-        module = self._rotary
-        if module is None:
+        tables = self._tables
+        if tables is None:
             return dict.fromkeys(self._attending_kinds)
         if self._rotary_by_kind:
-            return {kind: module(hidden_states, position_ids, kind) for kind in self._attending_kinds}
-        return dict.fromkeys(self._attending_kinds, module(hidden_states, position_ids))
+            return {kind: tables(hidden_states, position_ids, kind) for kind in self._attending_kinds}
+        return dict.fromkeys(self._attending_kinds, tables(hidden_states, position_ids))
 
     def layer(self, index: int, hidden_states: Tensor, frame: Frame, cache: WindowCache) -> Tensor:
         """Layer ``index`` of the base."""

@@ -261,6 +261,11 @@ def test_reconstruction_is_its_formula(eviction, checkpoint):
     assert_same(actual, own + 0.4 * total / count, model)
 
 
+def test_windows_of_one_token_have_nothing_to_reconstruct():
+    model = sleeping(window_size=1)
+    assert_same(loss_of(model, batch(), reconstruct=1.0), model(**batch()).loss, model)
+
+
 def without_keys(memory):
     return type(memory)(memory.batch_size, memory.state)
 

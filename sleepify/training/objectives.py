@@ -175,7 +175,8 @@ class Objectives:
                 watch(each, after)
             for row in each.rows:
                 step.windows[row] = step.windows.get(row, 0) + 1
-            if self.arguments.reconstruct:
+            # Of a window of one token nothing follows that could be predicted again.
+            if self.arguments.reconstruct and self._span():
                 step.slept.append((each, after))
 
         model.objective, model.watch = lambda asked: self._loss(asked, step), note

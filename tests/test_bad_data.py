@@ -7,6 +7,8 @@ import json
 import pytest
 
 from sleepify import cli
+from sleepify.training import DatasetArguments
+from sleepify.training.text_data import read_dataset
 
 SAID = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
@@ -68,3 +70,22 @@ def test_bad_data_is_one_clear_line_before_a_model_is_loaded(rows, options, mess
     line = said.err.strip().splitlines()[-1]
     assert line.startswith("sleepify train: data.jsonl: ") and message in line
     assert "Traceback" not in said.err and not said.out and not (tmp_path / "out").exists()
+
+
+def test_a_file_is_the_one_of_that_name_and_not_one_that_its_name_fits(tmp_path):
+    """datasets takes names for patterns."""
+    for name, text in (("notes1.jsonl", "another"), ("notes[1].jsonl", "this")):
+        (tmp_path / name).write_text(json.dumps({"text": text}) + "\n", encoding="utf-8")
+    (tmp_path / "a [b]*").mkdir()
+    (tmp_path / "a [b]*" / "c?.txt").write_text("this", encoding="utf-8")
+    for name in ("notes[1].jsonl", "a [b]*/c?.txt"):
+        assert read_dataset(DatasetArguments(name))["text"] == ["this"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_stands_in_a_csv_file_is_text(streaming, tmp_path):
+    values = ["007", "N/A", "True", "1e3", "two, with a comma", "None"]
+    lines = ["\ufeffprompt,completion", *(f'How many?,"{value}"' for value in values)]
+    (tmp_path / "data.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    rows = read_dataset(DatasetArguments("data.csv", streaming=streaming))
+    assert [row["completion"] for row in rows] == values

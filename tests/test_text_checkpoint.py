@@ -10,7 +10,7 @@ import torch
 from families import tiny_base
 from transformers import AutoModelForCausalLM, ByT5Tokenizer
 
-from sleepify import cli
+from sleepify import CheckpointError, cli
 from sleepify.training import DatasetArguments, evaluate_text, load_text
 from sleepify.training import recipe as recipes
 from sleepify.training.evaluate_checkpoint import run
@@ -47,6 +47,24 @@ def test_a_checkpoint_is_tested_on_the_rows_that_its_recipe_held_out(trained, tm
         assert each["perplexity"] == pytest.approx(before["perplexity"], rel=1e-4)
         assert each["exact_match_by_distance"] == before["exact_match_by_distance"]
         assert each["perplexity_by_distance"].keys() == before["perplexity_by_distance"].keys()
+
+
+def test_a_run_is_not_resumed_on_other_rows(tmp_path, monkeypatch):
+    """Rows that were trained on would be held out, and tested as new ones."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    argv = [str(TINY), "--output_dir", str(tmp_path / "out"), "--disable_tqdm", "--save_strategy", "steps"]
+    recipes.run(None, [*argv, "--max_steps", "1"])
+    for changed in (["--held_out", "5"], ["--question_first"], ["--dataset_split", "train[:12]"]):
+        for resumed in ([], ["--resume_from_checkpoint", "latest"]):
+            with pytest.raises(CheckpointError, match="got one of another .rows: '.*' there, '.*' here"):
+                recipes.run(None, [*argv, "--max_steps", "2", *changed, *resumed])
+    noted = tmp_path / "out" / "checkpoint-1" / "sleep_run.json"
+    assert recipes.run(None, [*argv, "--max_steps", "2", "--resume_from_checkpoint", "latest"]).spent.train_steps == 2
+    # A checkpoint of before rows were noted is taken.
+    old = json.loads(noted.read_text())
+    del old["run"]["rows"]
+    noted.write_text(json.dumps(old))
+    recipes.run(None, [*argv, "--max_steps", "3", "--resume_from_checkpoint", str(noted.parent)])
 
 
 @pytest.mark.parametrize(

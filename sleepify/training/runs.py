@@ -17,6 +17,7 @@ from sleepify.errors import CheckpointError
 from sleepify.files import discard, draft_of
 from sleepify.manifest import finish_save
 from sleepify.training.arguments import SleepTrainingArguments
+from sleepify.training.text_data import TextRows
 
 MERGED = "merged"
 """Folder of a model with its adapters merged, in a run's folder."""
@@ -24,6 +25,7 @@ TASK = "task.json"
 """File beside a checkpoint that says what it was trained on."""
 MANIFEST = "sleep_run.json"
 _SETTINGS = ("optimizer", "muon_learning_rate", "adamw_learning_rate", "muon_momentum", "weight_decay", "seed")
+_ROWS = "rows"
 _SLEEP = ("window_size", "eviction", "loop_range", "n_loops", "backprop_loops", "backprop_windows")
 
 
@@ -43,6 +45,7 @@ def describe_run(model: nn.Module, args: SleepTrainingArguments, dataset: Any) -
     run["objectives"] = args.objectives() or None
     run["rows_per_step"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     run["task"] = repr(dataset.task) if hasattr(dataset, "task") else None
+    run[_ROWS] = dataset.sample() if isinstance(dataset, TextRows) else None
     run["parameters"] = digest.hexdigest()[:16]
     return json.loads(json.dumps(run))
 
@@ -66,6 +69,8 @@ def read_manifest(checkpoint: Path, run: dict[str, Any]) -> dict[str, Any]:
         raise CheckpointError(
             f"expected a readable {MANIFEST} in {checkpoint}, got {error!r}; take an older one"
         ) from error
+    # Checkpoints of before it was noted say nothing of the rows.
+    then.setdefault(_ROWS, run[_ROWS])
     differing = [f"{name}: {then.get(name)!r} there, {run[name]!r} here" for name in run if then.get(name) != run[name]]
     if differing:
         raise CheckpointError(

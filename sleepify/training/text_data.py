@@ -8,6 +8,8 @@ Rows are checked and tokenised before a model is loaded, and kept whole.
 
 from __future__ import annotations
 
+import csv
+import glob
 import hashlib
 import logging
 import statistics
@@ -33,6 +35,8 @@ READERS = {
 }
 GROUPED = 50
 """Batches among which a stream looks for rows of similar length."""
+SAMPLED = 64
+"""Rows at least, where there are as many, by which others are told from them."""
 LOOKED_AT = 200
 """Rows of a stream by which its windows are told before training."""
 
@@ -102,6 +106,13 @@ class TextRows(Dataset[dict[str, list[int]]]):
         for index in range(len(self)):
             known.update(repr(self[index]["input_ids"]).encode())
         return known.hexdigest()
+
+    def sample(self) -> str:
+        """By which a run knows its rows again, at little cost: all lengths, and some of the rows whole."""
+        known = hashlib.sha256(repr(self.lengths).encode())
+        for index in range(0, len(self), max(1, len(self) // SAMPLED)):
+            known.update(repr(self[index]).encode())
+        return known.hexdigest()[:16]
 
     def set_epoch(self, epoch: int) -> None:
         """Begin this pass over the rows; Accelerate calls it."""
@@ -239,7 +250,8 @@ def read_dataset(arguments: DatasetArguments) -> Any:
             raise DatasetError(f"{path}: expected rows, got an empty file")
         names: tuple[str, ...] = (reader,)
         # Of a part, train[:100], the split is the name.
-        options |= {"data_files": {arguments.dataset_split.partition("[")[0]: str(path)}}
+        # To datasets a name is a pattern, which another file may fit.
+        options |= {"data_files": {arguments.dataset_split.partition("[")[0]: glob.escape(str(path))}}
         options |= {"sample_by": arguments.text_rows} if reader == "text" else {}
     elif reader is not None and not path.exists() and (path.suffix != ".json" or "/" in str(path)):
         raise DatasetError(f"expected a file, found nothing at {path}")
@@ -247,10 +259,22 @@ def read_dataset(arguments: DatasetArguments) -> Any:
         names = (str(path), arguments.dataset_config) if arguments.dataset_config else (str(path),)
         options |= {"revision": arguments.dataset_revision} if arguments.dataset_revision else {}
     try:
+        if path.is_file() and reader == "csv":
+            options |= _as_text(path)
         return datasets.load_dataset(*names, **options)
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
         why = str(error.__cause__ or error).split("\n")[0]
         raise DatasetError(f"{arguments.dataset}: expected a dataset that can be read, got {why}") from error
+
+
+def _as_text(path: Path) -> dict[str, Any]:
+    """Options by which every value of a CSV file is read as it stands there: 42, N/A and true are text too."""
+    import datasets
+
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        columns = next(csv.reader(file), [])
+    text = datasets.Features({column: datasets.Value("string") for column in columns})
+    return {"features": text, "keep_default_na": False}
 
 
 def _tokenised(

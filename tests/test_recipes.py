@@ -176,6 +176,26 @@ def test_command_line_goes_before_file_and_file_before_what_it_extends(tmp_path:
         ({"learning_rate": 1e-4}, [], "muon_learning_rate and adamw_learning_rate"),
         ({"fast_weights_rule": "gnd"}, [], "rule among gdn, jet, mamba2, got 'gnd'"),
         ({"n_loops": 0}, [], "n_loops to be a whole number of at least 1, got 0"),
+        ({"max_steps": 1.0}, [], r"child.yaml: expected max_steps to be a whole number, got 1.0"),
+        ({"muon_learning_rate": True}, [], "expected muon_learning_rate to be a number, got True"),
+        ({"steps": [1, "two"]}, [], r"expected steps to be a list, each a whole number, got \[1, 'two'\]"),
+        ({"form": "other"}, [], "expected form to be one of paper, queries, got 'other'"),
+        ({"output_dir": 5}, [], "expected output_dir to be text, in quotes if it looks like something else, got 5"),
+        ({"save_strategy": False}, [], "expected save_strategy to be text, in quotes"),
+        ({"architecture": 5}, [], "expected architecture to be a mapping or text"),
+        ({"dtype": "float17"}, [], "expected dtype to be one of float32, bfloat16, got 'float17'"),
+        ({"test_examples": 0}, [], "expected test_examples to be a whole number of at least 1, got 0"),
+        ({"curve_examples": 0}, [], "expected curve_examples to be a whole number of at least 1, got 0"),
+        ({"curve_steps": -1}, [], "expected curve_steps to be 0 or more, got -1"),
+        ({"per_device_eval_batch_size": 0}, [], "expected per_device_eval_batch_size to be a whole number"),
+        ({}, ["--config", "other.yaml"], "expected one YAML file, got several"),
+        ({"extends": 5}, [], "expected extends to name a file beside it, got 5"),
+        ({"extends": "nowhere.yaml"}, [], "expected extends to name a file beside it, got 'nowhere.yaml'"),
+        (
+            {"extends": "child.yaml"},
+            [],
+            "expected a file that does not extend itself, got .*child.yaml -> .*child.yaml",
+        ),
     ],
 )
 def test_refuses_by_name(lines: Any, argv: list[str], message: str, tmp_path: Path) -> None:
@@ -185,6 +205,36 @@ def test_refuses_by_name(lines: Any, argv: list[str], message: str, tmp_path: Pa
     child.write_text(yaml.safe_dump(lines), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         parse("rule110", [str(child), *argv])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("n_loops: [", r"child.yaml: expected YAML, got what is none: .* line 1"),
+        ("n_loops: 2\nwidth: 8\nn_loops: 3\n", "expected every field once, got n_loops twice"),
+        ("architecture: {hidden_size: 8, hidden_size: 16}\n", "expected every field once, got hidden_size twice"),
+    ],
+)
+def test_what_is_no_mapping_of_fields_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    child = tmp_path / "child.yaml"
+    child.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        parse("rule110", [str(child)])
+
+
+def test_a_file_says_what_a_command_line_can_say(tmp_path: Path) -> None:
+    """One value is a list of one; null takes a setting back, also where there must be one; numbers may be text."""
+    child = tmp_path / "child.yaml"
+    parent = os.path.relpath(FOLDER / "configs" / "rule110_tiny.yaml", tmp_path)
+    child.write_text(
+        f"extends: {parent}\nsteps: 3\ntest_n_loops: 2\nloops_schedule: 4\nmuon_learning_rate: null\nseed: null\n"
+        "width: null\nadamw_learning_rate: 1e-4\nmax_grad_norm: 1\nuse_cpu: 1\n",
+        encoding="utf-8",
+    )
+    recipe = parse(None, [str(child)])
+    assert (recipe.task.steps, recipe.test.test_n_loops, recipe.training.loops_schedule) == ([3], [2], [4])
+    assert (recipe.training.muon_learning_rate, recipe.training.seed, recipe.task.width) == (1e-3, 42, 24)
+    assert (recipe.training.adamw_learning_rate, recipe.training.max_grad_norm) == (1e-4, 1)
 
 
 @pytest.mark.parametrize("name", [*recipes.KINDS, "evaluate"])

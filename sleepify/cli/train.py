@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
             return _launch(recipe, find(arguments.accelerate, LAUNCH), arguments.num_processes, fields)
         if arguments.num_processes is not None:
             raise ValueError("expected --num_processes beside --accelerate FILE only; give both, or neither")
-        words = [str(recipe), *fields]
+        words = ["--config", str(recipe), *fields]
         # What is wrong with the fields is one line; what goes wrong later is a fault and keeps its traceback.
         parse(None, words, description=__doc__)
     except ValueError as error:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from sleepify.settings import check_positive
 from sleepify.training.objective_arguments import ObjectiveArguments
 
 OPTIMIZERS = ("muon", "adamw")
@@ -113,6 +114,7 @@ class SleepTrainingArguments(ObjectiveArguments, TrainingArguments):
             loops = self.loops_schedule
             if not loops or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in loops):
                 raise ValueError(f"expected loops_schedule to list whole numbers of at least 1, got {loops!r}")
+        check_positive("per_device_eval_batch_size", self.per_device_eval_batch_size)
         if self.max_nonfinite_steps < 1:
             raise ValueError(f"expected max_nonfinite_steps of at least 1, got {self.max_nonfinite_steps}")
         if self.label_smoothing_factor:

@@ -16,6 +16,8 @@ from sleepify.tasks.gsm_infinite import PETS, THEMES, TREES, WordTokenizer
 from sleepify.training.settings import json_object
 from sleepify.training.sleep_arguments import SleepArguments
 
+DTYPES = ("float32", "bfloat16")
+
 
 @dataclass
 class ModelArguments:
@@ -56,6 +58,7 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
+        check_dtype(self.dtype)
         if (self.model is None) == (self.architecture is None):
             raise ValueError(f"expected either model or architecture, got {self.model!r} and {self.architecture!r}")
         self.model_config = json_object("model_config", self.model_config)
@@ -63,6 +66,16 @@ class ModelArguments:
             raise ValueError("model_config changes a pretrained model's configuration; write it into architecture")
         if isinstance(self.architecture, str) and self.architecture.lstrip().startswith("{"):
             self.architecture = json_object("architecture", self.architecture)
+
+
+def check_dtype(name: str) -> None:
+    """See that weights can be of this type.
+
+    Raises:
+        ValueError: if not.
+    """
+    if name not in DTYPES:
+        raise ValueError(f"expected dtype to be one of {', '.join(DTYPES)}, got {name!r}")
 
 
 def build_model(arguments: ModelArguments, sleep: SleepArguments, vocab_size: int | None = None) -> PreTrainedModel:

@@ -17,6 +17,7 @@ from typing import Any
 from transformers import set_seed
 
 from sleepify.files import written_beside
+from sleepify.settings import check_positive
 from sleepify.training.arguments import SleepTrainingArguments
 from sleepify.training.curve import CURVE, Curve, Point
 from sleepify.training.data import TaskDataset
@@ -57,6 +58,12 @@ class TestArguments:
         default=0, metadata={"help": "Test every so many steps too, for the learning curve; 0: no."}
     )
     curve_examples: int = field(default=200, metadata={"help": "Held-out rows of each such test."})
+
+    def __post_init__(self) -> None:
+        for name in ("test_examples", "curve_examples"):
+            check_positive(name, getattr(self, name))
+        if self.curve_steps < 0:
+            raise ValueError(f"expected curve_steps to be 0 or more, got {self.curve_steps!r}")
 
 
 @dataclass

@@ -11,10 +11,11 @@ import argparse
 import difflib
 import json
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
@@ -23,6 +24,7 @@ from sleepify.training.help import Formatter, arrange
 
 _BESIDE = ("dataset", "chat_template")
 """Fields that may be a file's name."""
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", dict: "a mapping", str: "text"}
 
 
 def parse_dataclasses(
@@ -37,7 +39,8 @@ def parse_dataclasses(
         many: the one of ``types`` with so many fields that ``--help`` has several headings for it.
 
     Raises:
-        ValueError: for a field, in the YAML file or on the command line, that does not exist.
+        ValueError: for a field, in the YAML file or on the command line, that does not exist, or a value in the file of
+            another type.
     """
     arguments = _arguments(argv)
     parser = _Parser(types, description=description, allow_abbrev=False, formatter_class=Formatter)
@@ -46,7 +49,7 @@ def parse_dataclasses(
     arrange(parser, types, many)
     given, _ = parser.parse_known_args(arguments)
     if given.config is not None:
-        parser.set_defaults(**load_config(given.config, known))
+        parser.set_defaults(**_fitted(given.config, load_config(given.config, known), types))
     *parsed, _, unknown = parser.parse_args_into_dataclasses(
         arguments, return_remaining_strings=True, look_for_args_file=False
     )
@@ -80,33 +83,117 @@ def load_config(path: str | Path, known: Collection[str] | None = None) -> dict[
         known: the fields that there are; None for any.
 
     Raises:
-        ValueError: for a file that is no mapping, or a field that is not ``known``, by name.
+        ValueError: for a file that is no YAML, no mapping, has a field twice or one that is not ``known``, by name, or
+            extends what cannot be.
     """
-    # Of the extra "train".
-    import yaml
-
-    path = Path(path)
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected `field: value` lines, got {type(values).__name__}")
-    for name in _BESIDE:
-        # A file that is named by a file lies beside it.
-        if isinstance(value := values.get(name), str) and (path.parent / value).is_file():
-            values[name] = str(path.parent / value)
-    parent = values.pop("extends", None)
-    for name in values:
-        if known is not None and name not in known:
-            raise ValueError(f"{path}: unknown field {name!r}{suggest(str(name), known)}")
-    return values if parent is None else _merge(load_config(path.parent / parent, known), values)
+    merged: dict[str, Any] = {}
+    for file in reversed(parents(Path(path))):
+        values = _read(file)
+        values.pop("extends", None)
+        for name in values:
+            if known is not None and name not in known:
+                raise ValueError(f"{file}: unknown field {name!r}{suggest(str(name), known)}")
+        for name in _BESIDE:
+            # A file that is named by a file lies beside it.
+            if isinstance(value := values.get(name), str) and (file.parent / value).is_file():
+                values[name] = str(file.parent / value)
+        merged = _merge(merged, values)
+    return merged
 
 
 def parents(path: Path) -> list[Path]:
-    """A YAML file, the one that it ``extends``, the one that this extends, and so on."""
+    """A YAML file, the one that it ``extends``, the one that this extends, and so on.
+
+    Raises:
+        ValueError: for one that is not there, or extends itself.
+    """
+    chain = [path]
+    while (parent := _read(chain[-1]).get("extends")) is not None:
+        if not isinstance(parent, str) or not (chain[-1].parent / parent).is_file():
+            raise ValueError(f"{chain[-1]}: expected extends to name a file beside it, got {parent!r}")
+        chain.append(chain[-1].parent / parent)
+        if chain[-1].resolve() in [file.resolve() for file in chain[:-1]]:
+            raise ValueError(f"{path}: expected a file that does not extend itself, got {' -> '.join(map(str, chain))}")
+    return chain
+
+
+def _read(path: Path) -> dict[str, Any]:
     # Of the extra "train".
     import yaml
 
-    parent = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("extends")
-    return [path, *([] if parent is None else parents(path.parent / parent))]
+    text = path.read_text(encoding="utf-8")
+    try:
+        node, values = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: expected YAML, got what is none: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected `field: value` lines, got {type(values).__name__}")
+    if twice := sorted(set(_twice(node))):
+        raise ValueError(f"{path}: expected every field once, got {', '.join(twice)} twice; take one of them out")
+    return values
+
+
+def _twice(node: Any) -> Iterator[str]:
+    """Keys that a mapping, or one in it, has more than once: YAML would take the last without a word."""
+    keys = set()
+    for key, value in node.value if node.id == "mapping" else [(None, value) for value in node.value]:
+        if key is not None and key.id == "scalar":
+            if key.value in keys:
+                yield key.value
+            keys.add(key.value)
+        if value.id != "scalar":
+            yield from _twice(value)
+
+
+def _fitted(path: str, values: dict[str, Any], types: Sequence[Any]) -> dict[str, Any]:
+    """A file's values as the command line would give them: null takes a setting back, a list may be one value alone.
+
+    Raises:
+        ValueError: for a value of another type, naming the field.
+    """
+    hints = {name: hint for kind in types for name, hint in get_type_hints(kind).items()}
+    fitted: dict[str, Any] = {}
+    for name, value in values.items():
+        kinds = set(get_args(hints[name])) if get_origin(hints[name]) in (Union, UnionType) else {hints[name]}
+        if value is None:
+            # Where nothing means something it is handed on; elsewhere the default is what there was before.
+            fitted |= {name: None} if NoneType in kinds else {}
+            continue
+        kinds -= {NoneType}
+        if all(isinstance(kind, type) and issubclass(kind, str) for kind in kinds):
+            # Enumerations of transformers.
+            kinds = {str}
+        listed = [kind for kind in kinds if get_origin(kind) is list]
+        if len(kinds) == 1 and listed and not isinstance(value, list):
+            value = [value]
+        # Text is for the parser to turn into a number. Where transformers takes several kinds, it looks itself.
+        if not (isinstance(value, str) and kinds & {int, float, bool}) and (len(kinds) == 1 or kinds == {dict, str}):
+            if not any(_fits(value, kind) for kind in kinds):
+                wanted = " or ".join(sorted(_in_words(kind) for kind in kinds))
+                raise ValueError(f"{path}: expected {name} to be {wanted}, got {value!r}")
+        fitted[name] = value
+    return fitted
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value of YAML is one of a field's type; True for types that are not known here."""
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(each, get_args(kind)[0]) for each in value)
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if kind is bool:
+        return value in (0, 1)
+    if kind in (int, float):
+        return isinstance(value, int | kind) and not isinstance(value, bool)
+    return not isinstance(kind, type) or kind not in _WORDS or isinstance(value, kind)
+
+
+def _in_words(kind: Any) -> str:
+    if get_origin(kind) is list:
+        return f"a list, each {_in_words(get_args(kind)[0])}"
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    return f"{_WORDS[kind]}{', in quotes if it looks like something else' * (kind is str)}"
 
 
 def suggest(name: str, known: Collection[str]) -> str:
@@ -147,7 +234,10 @@ class _Parser(HfArgumentParser):
 def _arguments(argv: Sequence[str] | None) -> list[str]:
     arguments = list(sys.argv[1:] if argv is None else argv)
     is_file = bool(arguments) and arguments[0].endswith((".yaml", ".yml"))
-    return ["--config", *arguments] if is_file else arguments
+    arguments = ["--config", *arguments] if is_file else arguments
+    if sum(word.split("=")[0] == "--config" for word in arguments) > 1:
+        raise ValueError("expected one YAML file, got several; have one of them extend the other")
+    return arguments
 
 
 def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

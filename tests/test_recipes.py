@@ -406,6 +406,13 @@ def test_evaluate_finds_the_task_again(name: str, outputs: Path, tmp_path: Path)
     assert (tmp_path / "out.png").stat().st_size > 0
     with pytest.raises(ValueError, match=r"task_arguments: \w+ has no \['widht'\]"):
         evaluate_checkpoint.run([*argv, "--task_arguments", '{"widht": 9}'])
+    for words, message in (
+        (["--task_arguments", "[1]"], r"task_arguments: expected a JSON object, got '\[1\]'"),
+        (["--dtype", "float17"], "expected dtype to be one of float32, bfloat16, got 'float17'"),
+        (["--text_file", "nowhere.txt"], "expected text_file to be a file, found nothing at nowhere.txt"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate_checkpoint.run([*argv, *words])
 
 
 def test_evaluate_gives_the_perplexity_of_a_text(outputs: Path, tmp_path: Path) -> None:
@@ -417,6 +424,10 @@ def test_evaluate_gives_the_perplexity_of_a_text(outputs: Path, tmp_path: Path) 
     extra = ["--tokenizer", "words", "--text_file", str(text), "--context", "40", "--n_loops", "1", "2"]
     found = evaluate_checkpoint.run([*argv, *extra])["perplexity"]
     assert found.keys() == {"N = 1", "N = 2"} and all(value > 1 for value in found.values())
+    # Windows are those that were asked for.
+    by_window = evaluate_checkpoint.run([*argv, *extra, "--window_sizes", "8", "40"])["perplexity"]
+    assert by_window.keys() == {f"N = {n}, L = {size}" for n in (1, 2) for size in (8, 40)}
+    assert by_window["N = 1, L = 8"] != by_window["N = 1, L = 40"] == by_window["N = 2, L = 40"]
 
 
 # --- models

@@ -29,6 +29,7 @@ from sleepify.training import (
     load_text,
 )
 from sleepify.training import recipe as recipes
+from sleepify.training.evaluate import perplexity
 from sleepify.training.text_data import describe_windows
 from sleepify.training.text_evaluate import answer_distance, bucket, distances
 from sleepify.training.text_format import IGNORE, Encoder
@@ -313,6 +314,20 @@ def held_out(answered=True):
             {"input_ids": ids, "labels": labels, "length": length, "answer": [length - 4, length - 2] * answered}
         )
     return TextRows(Listed(rows))
+
+
+@pytest.mark.parametrize("count", [0, -3])
+def test_no_rows_are_no_perplexity(count):
+    with pytest.raises(ValueError, match=f"expected n_examples to be a whole number of at least 1, got {count}"):
+        evaluate_text(small.trainable(), held_out(), window_size=8, n_examples=count)
+
+
+def test_a_perplexity_beyond_all_numbers_is_infinite():
+    model = small.trainable()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1e6)
+    assert evaluate_text(model, held_out(), window_size=8)["perplexity"] == math.inf
+    assert perplexity(model, held_out()[0]["input_ids"], context=16) == math.inf
 
 
 @pytest.mark.parametrize("kind", ["sleeping", "plain"])

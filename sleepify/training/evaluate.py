@@ -335,7 +335,15 @@ def perplexity(model: nn.Module, ids: Sequence[int], *, context: int, n_loops: i
             count += piece.shape[1] - 1
     finally:
         model.train(was_training)
-    return math.exp(total / count)
+    return exp_of(total / count)
+
+
+def exp_of(cost: float) -> float:
+    """The perplexity at a mean cost; infinity where it is no number that there is."""
+    try:
+        return math.exp(cost)
+    except OverflowError:
+        return math.inf
 
 
 def plot(report: Report, path: str | os.PathLike) -> None:

@@ -20,9 +20,9 @@ from sleepify.config import SleepConfig
 from sleepify.files import written_beside
 from sleepify.modeling import SleepForCausalLM
 from sleepify.training.evaluate import at_window, evaluate, perplexity, plot, settings_of
-from sleepify.training.model_arguments import ModelArguments, load_tokenizer, pad_token
+from sleepify.training.model_arguments import ModelArguments, check_dtype, load_tokenizer, pad_token
 from sleepify.training.runs import MERGED, TASK
-from sleepify.training.settings import parse_dataclasses
+from sleepify.training.settings import json_object, parse_dataclasses
 from sleepify.training.sft import longest_of, reach
 from sleepify.training.task_arguments import RECIPES
 from sleepify.training.text_data import DatasetArguments, TextRows, TextStream, load_text
@@ -51,6 +51,12 @@ class EvaluateArguments:
     device: str | None = field(default=None, metadata={"help": "By default an accelerator if there is one."})
     output: str | None = field(default=None, metadata={"help": "JSON file for the results."})
     plot: str | None = field(default=None, metadata={"help": "Image file for accuracy by difficulty."})
+
+    def __post_init__(self) -> None:
+        check_dtype(self.dtype)
+        self.task_arguments = json_object("task_arguments", self.task_arguments)
+        if self.text_file is not None and not Path(self.text_file).is_file():
+            raise ValueError(f"expected text_file to be a file, found nothing at {self.text_file}")
 
 
 def run(argv: Sequence[str] | None = None, description: str | None = None) -> dict[str, Any]:
@@ -131,10 +137,21 @@ def check_whole(model: str) -> None:
         )
 
 
+def check_sleeps(model: str) -> None:
+    """See that a checkpoint is a whole model, and one that sleeps.
+
+    Raises:
+        ValueError, OSError: if it is not, or is not there.
+    """
+    check_whole(model)
+    config = AutoConfig.from_pretrained(model)
+    if not isinstance(config, SleepConfig):
+        raise ValueError(f"expected a model that sleeps, got {model}, a {config.model_type}; train it with a recipe")
+
+
 def _task_of(arguments: EvaluateArguments) -> tuple[str | None, dict[str, Any], str | None]:
     """Name and fields of the task, and the tokenizer: as given, else as noted beside the checkpoint."""
-    given = arguments.task_arguments or {}
-    changes: dict[str, Any] = json.loads(given) if isinstance(given, str) else given
+    changes: Any = arguments.task_arguments or {}
     noted = _noted(arguments.model)
     name = arguments.task or (noted.get("recipe") if noted.get("recipe") in RECIPES else None)
     if name is not None and name not in RECIPES:
@@ -234,5 +251,10 @@ def _perplexities(model: Any, arguments: EvaluateArguments) -> dict[str, float]:
     tokenizer = load_tokenizer(ModelArguments(arguments.model, tokenizer=arguments.tokenizer))
     text = Path(arguments.text_file or "").read_text(encoding="utf-8")
     ids = tokenizer.encode(text, add_special_tokens=False)
-    loops: list[int | None] = [*arguments.n_loops] if arguments.n_loops else [None]
-    return {f"N = {n or 'default'}": perplexity(model, ids, context=arguments.context, n_loops=n) for n in loops}
+    found = {}
+    for n_loops, size in settings_of(model, arguments.n_loops, arguments.window_sizes):
+        name = f"N = {n_loops if arguments.n_loops else 'default'}"
+        with nullcontext() if size is None else at_window(model, size):
+            each = perplexity(model, ids, context=arguments.context, n_loops=n_loops)
+        found[f"{name}, L = {size}" if arguments.window_sizes else name] = each
+    return found

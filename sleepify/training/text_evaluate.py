@@ -24,7 +24,7 @@ from sleepify.modeling import SleepForCausalLM
 from sleepify.settings import check_positive
 from sleepify.tasks.base import IGNORE
 from sleepify.training.data import SleepCollator
-from sleepify.training.evaluate import of_all_ranks, wilson
+from sleepify.training.evaluate import exp_of, of_all_ranks, wilson
 from sleepify.training.rounds import equalise
 from sleepify.training.text_data import TextRows
 
@@ -114,15 +114,20 @@ def evaluate_text(
         rows: held-out rows.
         window_size: L, by which distances are told; for a sleeping model its own.
         n_loops: another N; for a sleeping model only.
-        n_examples: at most so many rows.
+        n_examples: at most so many rows; None for all.
         batch_size: rows at a time on each rank.
         pad_id: to pad rows of different length with.
 
     Returns:
         ``perplexity``, ``perplexity_by_distance`` and, where there are answers, ``exact_match`` and
         ``exact_match_by_distance``; ready for JSON.
+
+    Raises:
+        ValueError: for a count below 1.
     """
     check_positive("batch_size", batch_size)
+    if n_examples is not None:
+        check_positive("n_examples", n_examples)
     rank, n_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     total = len(rows) if n_examples is None else min(n_examples, len(rows))
     order = sorted(range(total), key=lambda index: rows.lengths[index])
@@ -174,9 +179,9 @@ def _results(tallies: dict[str, Tally]) -> dict[str, Any]:
         whole.add(tally)
     by_distance = [(name, tallies[name]) for name in sorted(tallies, key=place)]
     results: dict[str, Any] = {
-        "perplexity": math.exp(whole.cost / max(1, whole.tokens)),
+        "perplexity": exp_of(whole.cost / max(1, whole.tokens)),
         "perplexity_by_distance": {
-            name: {"perplexity": math.exp(each.cost / each.tokens), "tokens": each.tokens}
+            name: {"perplexity": exp_of(each.cost / each.tokens), "tokens": each.tokens}
             for name, each in by_distance
             if each.tokens
         },

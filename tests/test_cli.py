@@ -92,6 +92,8 @@ def test_generate_sleeps_as_it_is_told(trained: Path, capsys: pytest.CaptureFixt
             ["generate", "OUT", "--prompt", "1011"],
             "expected a tokenizer in OUT, found none; give --tokenizer, or --ids",
         ),
+        (["generate", "OUT", "--ids", "1", "--question", "Why?"], "expected --question and --chat beside a text"),
+        (["generate", "OUT", "--ids", "1", "--chat"], "expected --question and --chat beside a text, got --ids"),
         (["recipes", "copy", "sft_tinny"], "got 'sft_tinny'"),
         (["evaluate", "nowhere"], "expected a task, a dataset or a text_file"),
     ],
@@ -104,6 +106,33 @@ def test_what_a_user_can_get_wrong_is_one_line(
     error = capsys.readouterr().err.strip()
     assert message.replace("OUT", str(trained)) in error and error.startswith(f"sleepify {argv[0]}: ")
     assert "\n" not in error
+
+
+def test_a_recipe_is_taken_by_its_path_whatever_it_is_called(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").write_text("recipe: rule110\nn_lops: 2\n", encoding="utf-8")
+    assert cli.main(["train", str(tmp_path / "mine")]) == 2
+    assert "unknown field 'n_lops'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["serve"], ["calibrate", "--text_file", "a.txt", "--mean_n_loops", "3"]])
+def test_an_adapter_is_told_from_a_model(argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "merged").mkdir()
+    assert cli.main([*argv, str(tmp_path)]) == 2
+    said = f"sleepify {argv[0]}: expected a whole model, found an adapter in {tmp_path}; give {tmp_path / 'merged'}"
+    assert capsys.readouterr().err.strip() == said
+
+
+@pytest.mark.parametrize("argv", [["serve"], ["calibrate", "--text_file", "a.txt", "--mean_n_loops", "3"]])
+def test_a_base_is_told_from_a_model_that_sleeps(
+    argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}', encoding="utf-8")
+    assert cli.main([*argv, str(tmp_path)]) == 2
+    said = f"sleepify {argv[0]}: expected a model that sleeps, got {tmp_path}, a qwen3"
+    assert capsys.readouterr().err.strip().startswith(said)
 
 
 def test_recipes_are_listed_and_copied_with_what_they_extend(

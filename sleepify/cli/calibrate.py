@@ -19,7 +19,7 @@ from transformers.utils import CONFIG_NAME
 from sleepify.calibration import calibrate
 from sleepify.files import written_beside
 from sleepify.modeling import SleepForCausalLM
-from sleepify.training.evaluate_checkpoint import tokenizer_of
+from sleepify.training.evaluate_checkpoint import check_sleeps, tokenizer_of
 
 
 def main(argv: Sequence[str]) -> int:
@@ -59,6 +59,7 @@ def run(arguments: argparse.Namespace) -> float:
     config_file = Path(arguments.model) / CONFIG_NAME
     if arguments.save and not config_file.is_file():
         raise ValueError(f"expected the folder of a checkpoint to save to, found no {config_file}; leave out --save")
+    check_sleeps(arguments.model)
     tokenizer = tokenizer_of(arguments.model, arguments.tokenizer)
     if tokenizer is None:
         raise ValueError(f"expected a tokenizer in {arguments.model}, found none; give --tokenizer")

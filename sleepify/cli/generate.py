@@ -62,8 +62,11 @@ def generate(arguments: argparse.Namespace) -> None:
     """Read, write on, print.
 
     Raises:
-        ValueError: for a text without a tokenizer, or settings that the model cannot have.
+        ValueError: for a text without a tokenizer, ids with what is said in text, or settings that the model cannot
+            have.
     """
+    if arguments.ids and (arguments.chat or arguments.question is not None):
+        raise ValueError("expected --question and --chat beside a text, got --ids; write all of the prompt as ids")
     check_whole(arguments.model)
     tokenizer = None if arguments.ids else tokenizer_of(arguments.model, arguments.tokenizer)
     ids = arguments.ids or _read(arguments, tokenizer)

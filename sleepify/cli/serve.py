@@ -6,14 +6,17 @@ import argparse
 import importlib.util
 import logging
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
 from sleepify.modeling import SleepForCausalLM
 from sleepify.serving.engine import Limits
+from sleepify.training.evaluate_checkpoint import check_sleeps
 
 _NEEDED = ("fastapi", "uvicorn")
 
@@ -26,22 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     import uvicorn
 
-    from sleepify.serving.api import create_app
-
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = SleepForCausalLM.from_pretrained(given.model).to(device)
-    limits = Limits(given.max_body, given.max_prompt, given.max_tokens, given.max_seconds, given.max_waiting,
-                    given.max_sessions, given.session_bytes)  # fmt: skip
-    app = create_app(
-        model,
-        AutoTokenizer.from_pretrained(given.model),
-        given.name or Path(given.model).name,
-        keys=given.api_key,
-        folder=given.sessions,
-        idle_sleep=given.idle_sleep,
-        limits=limits,
-    )
+    try:
+        app = _app(given)
+    except (ValueError, OSError) as error:
+        print(f"sleepify serve: {error}", file=sys.stderr)
+        return 2
     if not given.api_key:
         print("no --api-key: whoever can reach this server shares all its sessions", flush=True)
     config = uvicorn.Config(
@@ -55,6 +48,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"serving {given.model} at http://{host}:{port}/v1", flush=True)
     uvicorn.Server(config).run(sockets=[socket])
     return 0
+
+
+def _app(given: argparse.Namespace) -> Any:
+    """The application, with its model.
+
+    Raises:
+        ValueError, OSError: for a model that is not there, does not sleep, or has no chat template.
+    """
+    from sleepify.serving.api import create_app
+
+    check_sleeps(given.model)
+    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = SleepForCausalLM.from_pretrained(given.model).to(device)
+    limits = Limits(given.max_body, given.max_prompt, given.max_tokens, given.max_seconds, given.max_waiting,
+                    given.max_sessions, given.session_bytes)  # fmt: skip
+    return create_app(
+        model,
+        AutoTokenizer.from_pretrained(given.model),
+        given.name or Path(given.model).name,
+        keys=given.api_key,
+        folder=given.sessions,
+        idle_sleep=given.idle_sleep,
+        limits=limits,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -34,7 +34,14 @@ def recorded(model: SleepForCausalLM) -> Iterator[list[Slept]]:
     """The sleeps of one call that begins without a session, in their order: the list fills as the model reads.
 
     Nothing is trained and no gradient kept meanwhile, and the model is in evaluation mode; afterwards it is as before.
+
+    Raises:
+        TypeError: for what is not a sleeping model itself, like one in an adapter's wrapper.
     """
+    if not isinstance(model, SleepForCausalLM):
+        raise TypeError(
+            f"expected a SleepForCausalLM, got {type(model).__name__}; of an adapter's wrapper give get_base_model()"
+        )
     slept: list[Slept] = []
     latest: dict[int, Slept] = {}
     left = Memory(0)

@@ -165,6 +165,8 @@ def test_less_decay_is_refused_where_there_is_none_at_hand():
             pass
     model, ids = model_of(), torch.tensor([[3, 1, 4, 1, 5, 9]])
     usual = model(ids).logits
+    with pytest.raises(TypeError, match="get_base_model"), recorded(torch.nn.Sequential(model)):
+        pass
     with pytest.raises(TypeError, match="get_base_model"), probes.later_decay(torch.nn.Sequential(model), 0.5):
         pass
     with pytest.raises(ValueError, match="leave that first"), probes.later_decay(model, 0.5):

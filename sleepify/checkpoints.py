@@ -316,7 +316,7 @@ class SleepCheckpoint(PreTrainedModel):
 
         Args:
             config: how it sleeps.
-            base: a model in memory; it becomes part of the sleeping one.
+            base: a model in memory; it becomes part of the sleeping one, its modules in the modes that they are in.
         """
         model = cls(config, base)
         decoder: Any = base.get_submodule(base.base_model_prefix)
@@ -326,7 +326,9 @@ class SleepCheckpoint(PreTrainedModel):
         model.generation_config = base.generation_config
         for name in _QUANTIZED & vars(base).keys():
             setattr(model, name, getattr(base, name))
-        return model.train(base.training)
+        for module in set(model.modules()) - set(base.modules()):
+            module.training = base.training
+        return model
 
     @classmethod
     def attach(cls: type[Model], base: PreTrainedModel, name: str | os.PathLike, settings: dict[str, Any]) -> Model:

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from sleepify.config import FastWeightConfig, SleepConfig
-from sleepify.hosts import is_recurrent, layer_kinds
+from sleepify.hosts import first_positions, is_recurrent, layer_kinds
 from sleepify.settings import SETTINGS, Settings
 
 MAX_DEFAULT_WINDOW = 2048
@@ -31,11 +31,17 @@ def resolve(config: SleepConfig) -> SleepConfig:
     longest = getattr(base, "max_position_embeddings", None)
     window_size = config.window_size
     if window_size is None:
-        window_size = min(MAX_DEFAULT_WINDOW, longest or MAX_DEFAULT_WINDOW)
+        window_size = min(MAX_DEFAULT_WINDOW, first_positions(base) or longest or MAX_DEFAULT_WINDOW)
     if longest is not None and window_size > longest:
         raise ValueError(
             f"expected window_size to be at most {longest}, the positions that {base.model_type} supports, "
             f"got {window_size}; choose a smaller window"
+        )
+    first = first_positions(base)
+    if first is not None and window_size > first:
+        raise ValueError(
+            f"expected window_size to be at most {first}, up to where {base.model_type} rotates all positions by one "
+            f"table, got {window_size}: beyond, what else is read would change its tokens; choose a smaller window"
         )
     fast_weights = _fast_weights(config.fast_weights, base, kinds)
     loop_range = _loop_range(config.loop_range, base, kinds, fast_weights.layers or [])

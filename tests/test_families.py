@@ -188,6 +188,9 @@ def test_positions_past_what_a_base_was_trained_on_rotate_no_row_and_no_piece_ot
             model(ids, labels=ids).loss.backward()
             gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
         assert_close(gradients[1], gradients[0], EXACT_GRAD, "recomputed")
+        assert small.sleeping(tiny_base(family, **LENGTHENED[family]), window_size=None).options().window_size == 12
+        with pytest.raises(ValueError, match="window_size to be at most 12"):
+            small.sleeping(tiny_base(family, **LENGTHENED[family]), window_size=13)
 
 
 # --- families that are not listed

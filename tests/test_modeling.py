@@ -392,6 +392,16 @@ def test_a_base_that_checkpoints_its_own_layers_does_not_lose_its_state():
     assert_close(model.train()(tokens(1, 11), logits_to_keep=0).logits, expected, EXACT, "in training")
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_modules_of_a_base_stay_in_their_modes(training):
+    base = tiny_base("qwen3").train(training)
+    base.model.layers[0].train(not training)
+    before = {name: module.training for name, module in base.named_modules()}
+    model = sleepify(base, window_size=4)
+    assert {name: module.training for name, module in base.named_modules()} == before
+    assert model.training == training and all(layer.training == training for layer in model.fast_weights.modules())
+
+
 def test_lora_finds_its_targets():
     peft = pytest.importorskip("peft", reason="peft is an optional extra")
     model = sleeping(dtype=torch.float32)

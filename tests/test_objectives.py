@@ -266,6 +266,14 @@ def test_windows_of_one_token_have_nothing_to_reconstruct():
     assert_same(loss_of(model, batch(), reconstruct=1.0), model(**batch()).loss, model)
 
 
+@pytest.mark.parametrize("loss", [{"reconstruct": 1.0}, {"pass_loss": "all"}, {"pass_loss": "one"}])
+def test_ephemeral_tokens_beside_losses_that_go_by_windows_are_refused(loss):
+    model, inputs = sleeping(), batch()
+    inputs["ephemeral"] = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    with pytest.raises(ValueError, match="expected no ephemeral tokens with distill, reconstruct or pass_loss"):
+        loss_of(model, inputs, **loss)
+
+
 def without_keys(memory):
     return type(memory)(memory.batch_size, memory.state)
 

@@ -27,11 +27,15 @@ def tables_of(rotary: nn.Module, config: PreTrainedConfig, window: int | None) -
         config: the base's.
         window: L under sliding eviction, None under hard eviction.
     """
+    return rotary if window is None or first_positions(config) is None else _Still(rotary)
+
+
+def first_positions(config: PreTrainedConfig) -> int | None:
+    """Positions up to which a base rotates by the table that it begins with; None where it has but one."""
     scaling: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
-    first = scaling.get("original_max_position_embeddings") or config.max_position_embeddings
-    if scaling.get("rope_type") not in _BY_LENGTH or window is None or window > first:
-        return rotary
-    return _Still(rotary)
+    if scaling.get("rope_type") not in _BY_LENGTH:
+        return None
+    return int(scaling.get("original_max_position_embeddings") or config.max_position_embeddings)
 
 
 class _Still:

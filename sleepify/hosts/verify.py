@@ -38,7 +38,7 @@ def verify(host: Host) -> None:
     n_tokens = min(9, getattr(host.config, "max_position_embeddings", None) or 9)
     ids = (torch.arange(2 * n_tokens, device=weight.device).view(2, n_tokens) * 7 + 1) % weight.shape[0]
     sizes = [size for size in (n_tokens - n_tokens // 2 - 1, n_tokens // 2, 1) if size]
-    was_training = language_model.training
+    modes = [(module, module.training) for module in language_model.modules()]
     language_model.eval()
     try:
         expected = host.base_logits(ids).float().to(ids.device)
@@ -52,7 +52,8 @@ def verify(host: Host) -> None:
             "flash-linear-attention whenever that is installed, on a CPU too; uninstall it on this machine"
         ) from error
     finally:
-        language_model.train(was_training)
+        for module, training in modes:
+            module.training = training
     # Layers with whole numbers round their inputs, by scales that depend on what else is in the batch.
     is_wide = weight.dtype in (torch.float32, torch.float64) and not getattr(language_model, "is_quantized", False)
     largest = expected.abs().max().clamp_min(1e-6)

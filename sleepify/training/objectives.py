@@ -126,7 +126,17 @@ class Objectives:
     # --- batches ---------------------------------------------------------------------------------------------------
 
     def prepare(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The batch with a label wherever something is asked; the given labels then as ``supervised``."""
+        """The batch with a label wherever something is asked; the given labels then as ``supervised``.
+
+        Raises:
+            ValueError: for ephemeral tokens with a loss that goes by the windows that a text fills.
+        """
+        asked = self.arguments
+        if inputs.get("ephemeral") is not None and (asked.distill or asked.reconstruct or asked.pass_loss != "none"):
+            raise ValueError(
+                "expected no ephemeral tokens with distill, reconstruct or pass_loss, got both: these losses go by the "
+                "windows that a text fills, and ephemeral tokens fill none; leave one of them out"
+            )
         if not self.arguments.distill or self.arguments.distill_at == "labels" or SUPERVISED in inputs:
             return inputs
         ids = inputs["input_ids"]

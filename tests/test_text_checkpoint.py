@@ -167,7 +167,11 @@ def test_an_adapter_points_to_the_merged_model(base, tmp_path, capsys):
     """Which sleeps as it was trained; the base, by whatever name, may sleep otherwise."""
     (tmp_path / "merged").mkdir()
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
-    for words in (["evaluate", str(tmp_path), "--text_file", "a.txt"], ["generate", str(tmp_path), "--prompt", "a"]):
+    (tmp_path / "a.txt").write_text("a")
+    for words in (
+        ["evaluate", str(tmp_path), "--text_file", str(tmp_path / "a.txt")],
+        ["generate", str(tmp_path), "--prompt", "a"],
+    ):
         assert cli.main(words) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert f"expected a whole model, found an adapter in {tmp_path}" in error

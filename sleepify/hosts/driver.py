@@ -230,9 +230,9 @@ class Host:
             if (layer := self.inserted.get(index)) is not None:
                 # A base that is spread over devices carries its hidden states along; nobody carries ours.
                 lengths = None if frame.lengths is None else frame.lengths.to(hidden_states.device)
-                held = state.get((index, 1), ())
-                mine = tuple(None if part is None else part.to(hidden_states.device) for part in held)
-                hidden_states, own = layer(hidden_states, mine or None, lengths)
+                if (held := state.get((index, 1))) is not None:
+                    held = LayerState(*(None if part is None else part.to(hidden_states.device) for part in held))
+                hidden_states, own = layer(hidden_states, held, lengths)
                 state[(index, 1)] = LayerState(*own)
         if arena is None:
             return hidden_states, changed(memory, state=state, kv=kv)

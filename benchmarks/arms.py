@@ -365,7 +365,7 @@ SETTINGS: dict[str, Setting] = {
             80,
             92,
             ", and then one about each other quantity that a sentence defines, distractors too, in random order; one "
-            "word tells quantities apart",
+            "word tells quantities apart. Stopped when up to eight operations had been asked",
             {"n_questions": 8, "questions_about": "text", "vocabulary": "trees", "size": (1, 5)},
             operations=range(4, 10),
             base_operations=(1, 4),

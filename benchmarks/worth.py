@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 
 from benchmarks import worth_page
-from benchmarks.arms import ARMS, SETTINGS
+from benchmarks.arms import ARMS
 from benchmarks.report import RESULTS
 from benchmarks.worth_runs import train_arm
+from benchmarks.worth_settings import SETTINGS
 
 
 def main(argv: Sequence[str] | None = None) -> None:

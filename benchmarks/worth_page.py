@@ -16,11 +16,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks import worth_costs
-from benchmarks.arms import ARMS, CONFIGS, SETTINGS, Arm, Setting
+from benchmarks.arms import ARMS, Arm
 from benchmarks.report import Part, write_page
 from benchmarks.statistic import mcnemar, over_seeds, spread
 from benchmarks.worth_costs import Cost
 from benchmarks.worth_runs import FINISHED, MODELS, Run, finished, words_of
+from benchmarks.worth_settings import CONFIGS, SETTINGS, Setting
 from sleepify.files import written_beside
 from sleepify.tasks.gsm_infinite import GsmInfinite, solve
 from sleepify.training import recipe

@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arms import CONFIGS, SETTINGS, Arm, Setting
+from benchmarks.arms import Arm
 from benchmarks.report import machine
+from benchmarks.worth_settings import CONFIGS, SETTINGS, Setting
 from sleepify.files import written_beside
 from sleepify.training import recipe
 from sleepify.training.curve import Point

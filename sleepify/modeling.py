@@ -94,6 +94,10 @@ class SleepForCausalLM(
         self.fast_weights = nn.ModuleList(
             FastWeightLayer(mixer.from_config(inserted, width), inserted.norm_eps) for _ in inserted.layers
         )
+        layer: Any
+        for layer in self.fast_weights:
+            # Drawn where there is memory; transformers would draw again, and a seed begin with other weights.
+            layer._is_hf_initialized = layer.o_proj.weight.device.type != "meta"
         # Layers of the base that recompute themselves drop the cache, and with it the state.
         for module in language_model.modules():
             if getattr(module, "gradient_checkpointing", False):

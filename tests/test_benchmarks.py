@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tolerances import EXACT, EXACT_GRAD, assert_close
+from tolerances import EXACT, EXACT_GRAD, HEAD_SHARE, assert_close
 
 from benchmarks import (
     cells,
@@ -187,7 +187,7 @@ def test_arithmetic_is_ideal(loop_range, looped):
     count = {n: models.count_flops(model, tokens, window, n) for n in (1, 4)}
     assert count[4] == 3 * models._count_forward(model, tokens, window, 4)
     expected = models.ideal(tokens, window, 4, looped) / models.ideal(tokens, window, 1, looped)
-    assert count[4] / count[1] == pytest.approx(expected, rel=0.05)
+    assert count[4] / count[1] == pytest.approx(expected, rel=HEAD_SHARE)
     assert models.looped_share(model) == looped
 
 

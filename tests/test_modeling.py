@@ -24,6 +24,7 @@ from sleepify import (
     SleepForCausalLM,
     sleepify,
 )
+from sleepify.fast_weights.layer import FastWeightLayer
 
 # --- generate
 
@@ -390,6 +391,19 @@ def test_a_base_that_checkpoints_its_own_layers_does_not_lose_its_state():
     assert model.training and not any(getattr(m, "gradient_checkpointing", False) for m in base.modules())
     expected = model.eval()(tokens(1, 11)).logits
     assert_close(model.train()(tokens(1, 11), logits_to_keep=0).logits, expected, EXACT, "in training")
+
+
+def test_inserted_layers_are_drawn_once():
+    """So that a seed begins with the weights that it always began with."""
+    base = tiny_base("qwen3")
+    torch.manual_seed(5)
+    model = sleepify(base, window_size=4, fast_weights=FastWeightConfig(layers=[0]))
+    after = torch.rand(3)
+    torch.manual_seed(5)
+    mixer = type(model.fast_weights[0].mixer).from_config(model.config.fast_weights, base.config.hidden_size)
+    made = FastWeightLayer(mixer, model.config.fast_weights.norm_eps).parameters()
+    assert all(torch.equal(a.to(b), b) for a, b in zip(made, model.fast_weights[0].parameters(), strict=True))
+    assert torch.equal(torch.rand(3), after)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tolerances import NORMS_SHARE, RULE_SHARE
 
 from benchmarks import full_size, models, scale
 from sleepify import sleep as algorithm
@@ -26,7 +27,7 @@ def counted():
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters_are_those_of_the_model(counted, name):
     exact = sum(p.numel() for p in counted[name].parameters())
-    assert scale.SHAPES[name].parameters == pytest.approx(exact, rel=1e-3)  # norms and biases apart
+    assert scale.SHAPES[name].parameters == pytest.approx(exact, rel=NORMS_SHARE)  # norms and biases apart
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -34,7 +35,7 @@ def test_parameters_are_those_of_the_model(counted, name):
 def test_operations_are_those_that_are_counted(counted, name, n_loops):
     """Attention weighs little in a window of 512, and the rule's own products in PyTorch are a little other."""
     ours = scale.SHAPES[name].forward_operations(512 + 60, 512, n_loops)
-    assert ours == pytest.approx(models._count_forward(counted[name], 512 + 60, 512, n_loops), rel=0.03)
+    assert ours == pytest.approx(models._count_forward(counted[name], 512 + 60, 512, n_loops), rel=RULE_SHARE)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -69,7 +70,7 @@ def test_passes_are_those_of_the_schedule(name, tokens):
 def test_the_figures_counted_on_ouro():
     figures = scale.check().figures
     for ours in figures.values():
-        assert ours["ours"] == pytest.approx(ours["counted"], rel=0.03)
+        assert ours["ours"] == pytest.approx(ours["counted"], rel=RULE_SHARE)
 
 
 @pytest.mark.parametrize("name", scale.SHAPES)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks import arms, statistic, worth, worth_page, worth_runs
+from benchmarks import arms, statistic, worth, worth_page, worth_runs, worth_settings
 from sleepify import SleepForCausalLM
 from sleepify.tasks.gsm_infinite import solve
 from sleepify.training import recipe
@@ -25,7 +25,7 @@ from sleepify.training.settings import load_config
 
 SMALL = {"per_device_train_batch_size": 4, "test_examples": 16, "curve_examples": 3}
 SETTING = replace(
-    arms.SETTINGS["hops8"],
+    worth_settings.SETTINGS["hops8"],
     arms=("n4", "n1", "full", "n1_compute", "sliding", "n1_2x", "all_n"),
     architecture={"intermediate_size": 96},
     base_changes={"max_steps": 2, **SMALL},
@@ -37,7 +37,7 @@ SETTING = replace(
 @pytest.fixture
 def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     threads = torch.get_num_threads()
-    monkeypatch.setitem(arms.SETTINGS, "hops8", SETTING)
+    monkeypatch.setitem(worth_settings.SETTINGS, "hops8", SETTING)
     monkeypatch.setattr(worth_runs, "CURVE_STEPS", 1)
     for module, name in product((worth_runs, worth_page), ("FINISHED", "MODELS")):
         monkeypatch.setattr(module, name, tmp_path / name.lower())
@@ -84,7 +84,7 @@ def test_all_arms_run_from_one_base_and_are_written_up(folder: Path) -> None:
 
 
 def test_an_arm_goes_on_from_figures_whose_model_is_not_at_hand(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(arms.SETTINGS, "hops8", replace(SETTING, arms=("n1", "n1_compute")))
+    monkeypatch.setitem(worth_settings.SETTINGS, "hops8", replace(SETTING, arms=("n1", "n1_compute")))
     worth.main(["--settings", "hops8", "--docs", str(folder / "docs")])
     whole = worth_runs.read("hops8", "n1_compute", 0)
     # As in a fresh clone: the figures of the first arm are there, its weights are not.
@@ -104,9 +104,9 @@ def test_two_processes_never_take_the_same_run(folder: Path) -> None:
 
 
 def test_settings_name_arms_and_files_that_there_are() -> None:
-    for name, setting in arms.SETTINGS.items():
+    for name, setting in worth_settings.SETTINGS.items():
         assert setting.name == name and set(setting.arms) <= set(arms.ARMS)
-        assert (arms.CONFIGS / setting.base).is_file() and (arms.CONFIGS / setting.config).is_file()
+        assert (worth_settings.CONFIGS / setting.base).is_file() and (worth_settings.CONFIGS / setting.config).is_file()
     for name, arm in arms.ARMS.items():
         assert arm.name == name and (arm.goes_on is None or arm.goes_on in arms.ARMS)
 
@@ -140,16 +140,18 @@ def test_seeds_that_differ_are_not_added_up() -> None:
 
 @pytest.fixture
 def ablated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    setting = replace(SETTING, name="hops8_ablations", arms=arms.SETTINGS["hops8_ablations"].arms)
-    monkeypatch.setitem(arms.SETTINGS, "hops8_ablations", setting)
+    setting = replace(SETTING, name="hops8_ablations", arms=worth_settings.SETTINGS["hops8_ablations"].arms)
+    monkeypatch.setitem(worth_settings.SETTINGS, "hops8_ablations", setting)
     return folder
 
 
 @pytest.mark.parametrize("name", arms.ABLATIONS)
 def test_every_ablation_is_parsed_and_changes_one_thing(name: str) -> None:
-    setting, arm = arms.SETTINGS["hops8_ablations"], arms.ARMS[name]
+    setting, arm = worth_settings.SETTINGS["hops8_ablations"], arms.ARMS[name]
     parsed = [
-        recipe.parse(None, [str(arms.CONFIGS / setting.config), *worth_runs.words_of({"model": "base", **changes})])
+        recipe.parse(
+            None, [str(worth_settings.CONFIGS / setting.config), *worth_runs.words_of({"model": "base", **changes})]
+        )
         for changes in (arm.changes, arms.ARMS["n4"].changes)
     ]
     ours, theirs = ({**vars(each.sleep), **vars(each.model), **vars(each.task)} for each in parsed)
@@ -185,10 +187,10 @@ def test_ablations_are_trained_and_written_up(ablated: Path, names: tuple[str, .
             assert len(model.fast_weights) == 1
 
 
-@pytest.mark.parametrize("name", arms.SETTINGS)
+@pytest.mark.parametrize("name", worth_settings.SETTINGS)
 def test_what_is_read_before_the_question_is_whole_windows(name: str) -> None:
-    setting = arms.SETTINGS[name]
-    window = load_config(arms.CONFIGS / setting.config)["window_size"]
+    setting = worth_settings.SETTINGS[name]
+    window = load_config(worth_settings.CONFIGS / setting.config)["window_size"]
     window = setting.tuned_changes.get("window_size", window)
     read = worth_page.text_of(setting, arms.ARMS["n4"], 0)
     assert read and len(read) % window == 0
@@ -198,7 +200,7 @@ def test_accuracy_by_evictions_counts_every_query_once(folder: Path, monkeypatch
     # Queries of three tokens after two windows of eight: two to a window, so two windows are gone, then three.
     setting = replace(SETTING, arms=("n4", "full"), tuned_changes={**SETTING.tuned_changes, "window_size": 8})
     setting = replace(setting, changes={"n_windows": 2, "n_queries": 4})
-    monkeypatch.setitem(arms.SETTINGS, "hops8", setting)
+    monkeypatch.setitem(worth_settings.SETTINGS, "hops8", setting)
     row = worth_page.task_of(setting, arms.ARMS["n4"], 0)[0].example(0, "test")
     places = [(query.start - 1) // 8 for query in row.queries]
     assert places == [2, 2, 3, 3]
@@ -214,18 +216,18 @@ def test_accuracy_by_evictions_counts_every_query_once(folder: Path, monkeypatch
     assert part is not None and part.head[2:] == ["2 evicted (32)", "3 evicted (32)"]
     assert [row[2:] for row in part.rows] == [["100.0", "0.0"], ["50.0", "50.0"]]
     monkeypatch.setitem(
-        arms.SETTINGS, "hops8", replace(setting, arms=("n4",), changes={"n_windows": 2, "n_queries": 2})
+        worth_settings.SETTINGS, "hops8", replace(setting, arms=("n4",), changes={"n_windows": 2, "n_queries": 2})
     )
     path = worth_runs.file_of("hops8", "n4", 0)
     fields = json.loads(path.read_text(encoding="utf-8"))
     fields["report"]["answered"] = ["10" * 16]
     path.write_text(json.dumps(fields), encoding="utf-8")
-    assert worth_page.evictions_part(arms.SETTINGS["hops8"]) is None
+    assert worth_page.evictions_part(worth_settings.SETTINGS["hops8"]) is None
 
 
 def test_only_what_training_got_to_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     setting = replace(SETTING, arms=("n4", "full"), asked=3, changes={"n_windows": 2, "n_queries": 2})
-    monkeypatch.setitem(arms.SETTINGS, "hops8", setting)
+    monkeypatch.setitem(worth_settings.SETTINGS, "hops8", setting)
     task = worth_page.task_of(setting, arms.ARMS["n4"], 0)[0]
     asked = [query.difficulty for index in range(30) for query in task.example(index, "test").queries]
     # N = 4 is right up to 2, the other where N = 4 is not.
@@ -252,7 +254,7 @@ def test_only_what_training_got_to_is_reported(folder: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("name", ["gsm_inf_one_window", "gsm_inf_questions"])
 def test_accuracy_by_chain_is_that_of_the_solved_problems(folder: Path, name: str) -> None:
-    setting = arms.SETTINGS[name]
+    setting = worth_settings.SETTINGS[name]
     task = worth_page.task_of(setting, arms.ARMS["n4"], 0)[0]
     problems = [task.problems(index, "test") for index in range(40)]
     chains = [solve(problem.problem, problem.question).chain for asked in problems for problem in asked]

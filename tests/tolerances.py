@@ -49,6 +49,9 @@ FLASH16 = Tolerance(0.1, 0.05)
 # Half precision inputs and results as a relative error in norm: a rounding to 8 bits is 1.7e-3, cutting off 3.4e-3 (as
 # Triton's interpreter does), and products on tensor cores add 4e-4.
 HALF_IN_NORM = 6e-3
+# Shares of a count that a formula leaves out by intention: norms and biases among parameters; the rule's own products,
+# and attention in a small window, among operations; the head, which is not looped, beside layers of a tiny model.
+NORMS_SHARE, RULE_SHARE, HEAD_SHARE = 1e-3, 0.03, 0.05
 # Losses of a few steps of training, on two processes or one, recomputed or not: the same sums in another order, which
 # AdamW's division by small second moments enlarges (measured: 2e-5).
 DISTRIBUTED = Tolerance(1e-4, 0.0)

@@ -363,8 +363,9 @@ def _texts(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         if (packed := Marks.begins(here, real.cpu().numpy(), None, 0)) is not None:
             begins[real] = torch.from_numpy(packed).to(ids.device)
     number, text = real.flatten().cumsum(0) - 1, (begins.flatten().cumsum(0) - 1).clamp_(min=0)
-    place = number - number[begins.flatten()][text]
-    return text.view_as(ids), torch.where(real, place.view_as(ids), -1)
+    # Without a look at which they are, for which a GPU would be waited for.
+    first = torch.where(begins.flatten(), number, 0).cummax(0).values
+    return text.view_as(ids), torch.where(real, (number - first).view_as(ids), -1)
 
 
 def _wide(logits: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ import pty
 import re
 import select
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -161,6 +163,17 @@ def test_what_cannot_be_opened_is_said_in_a_line(folder, tmp_path, capsys):
     assert "none.safetensors" in capsys.readouterr().err
     assert chat.main([str(folder), "--n-loops", "0"]) == 1
     assert "expected n_loops to be a whole number of at least 1, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "utf-8:surrogateescape"])
+def test_bytes_that_are_no_text_cost_nothing(folder, tmp_path, encoding):
+    words = [sys.executable, "-m", "sleepify", "chat", str(folder), "--max-new-tokens", "9"]
+    typed = b"caf\xe9\nwho had a bed?\n"
+    where = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    ended = subprocess.run(words, input=typed, capture_output=True, cwd=tmp_path, env=where, timeout=PATIENCE)
+    assert ended.returncode == 0
+    before, after = ended.stdout.decode().split("expected a line of text, got bytes that are none; say it again")
+    assert "window 0 of" in before and re.search(STATUS, after)
 
 
 def test_every_command_is_listed(folder):

@@ -96,6 +96,27 @@ def test_generate_sleeps_as_it_is_told(trained: Path, capsys: pytest.CaptureFixt
         (["generate", "OUT", "--ids", "1", "--chat"], "expected --question and --chat beside a text, got --ids"),
         (["recipes", "copy", "sft_tinny"], "got 'sft_tinny'"),
         (["evaluate", "nowhere"], "expected a task, a dataset or a text_file"),
+        (["train", "rule110_tiny", "--lora_r", "-1", *TINY], "expected lora_r to be a rank of 1 or more, or 0"),
+        (["train", "rule110_tiny", "--lora_r", "2", "--lora_targets", "q_prog", *TINY], "No modules were targeted"),
+        (
+            ["train", "rule110_tiny", "--architecture", '{"model_type": "qwen3", "hidden_sise": 32}', *TINY],
+            "architecture: a qwen3 has no field 'hidden_sise' (did you mean 'hidden_size'?)",
+        ),
+        (
+            ["train", "rule110_tiny", "--architecture", '{"model_type": "qwenn3"}', *TINY],
+            "architecture: expected a model_type of transformers, got 'qwenn3' (did you mean 'qwen3'?)",
+        ),
+        (
+            ["train", "rule110_tiny", "--architecture", '{"model_type": "qwen3", "hidden_size": "x"}', *TINY],
+            "'hidden_size' expected int, got str",
+        ),
+        (
+            ["train", "rule110_tiny", "--resume_from_checkpoint", "nowhere", *TINY],
+            "expected a checkpoint of SleepTrainer in nowhere, found no sleep_run.json",
+        ),
+        (["generate", "OUT", "--ids", "1", "--device", "qpu"], "expected a device that PyTorch has here (cpu alone)"),
+        (["evaluate", "OUT", "--device", "meta:x"], "expected a device that PyTorch has here (cpu alone)"),
+        (["evaluate", "OUT", "--plot", "accuracy.pgn"], "expected an image's name that ends in one of"),
     ],
 )
 def test_what_a_user_can_get_wrong_is_one_line(
@@ -106,6 +127,22 @@ def test_what_a_user_can_get_wrong_is_one_line(
     error = capsys.readouterr().err.strip()
     assert message.replace("OUT", str(trained)) in error and error.startswith(f"sleepify {argv[0]}: ")
     assert "\n" not in error
+
+
+def test_notes_that_no_recipe_wrote_are_told_from_ours(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (trained / "task.json").write_text('{"name": "another"}', encoding="utf-8")
+    assert cli.main(["evaluate", str(trained)]) == 2
+    said = f"expected {trained / 'task.json'} to be what a recipe wrote, got another file; move it away"
+    assert capsys.readouterr().err.strip() == f"sleepify evaluate: {said}"
+
+
+def test_a_misspelt_change_of_a_model_is_refused(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = trained.parent / "mine.yaml"
+    recipe.write_text(
+        f"recipe: rule110\nmodel: {trained}\nmodel_config: {{n_lops: 2}}\nuse_cpu: true\n", encoding="utf-8"
+    )
+    assert cli.main(["train", str(recipe)]) == 2
+    assert "model_config: a sleepify has no field 'n_lops' (did you mean 'n_loops'?)" in capsys.readouterr().err
 
 
 def test_a_recipe_is_taken_by_its_path_whatever_it_is_called(

@@ -74,6 +74,9 @@ def test_a_checkpoint_of_another_run_is_refused_and_untouched(tmp_path):
         ({"model": sleeping(layers=3)}, "parameters"),
         ({"optimizer": "adamw"}, "optimizer: 'muon' there, 'adamw' here"),
         ({"loops_schedule": [1, 2]}, r"n_loops: 2 there, \[1, 2\] here"),
+        ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type: 'linear' there, 'cosine' here"),
+        ({"warmup_steps": 1}, "warmup_steps: 0(.0)? there, 1 here"),
+        ({"data_seed": 3}, "data_seed: None there, 3 here"),
         ({"dataset": TaskDataset(Rule110(width=8, n_strings=2, steps=3))}, "task"),
     ):
         for resume in (str(checkpoint), True, None):

@@ -17,6 +17,7 @@ import torch
 from transformers.utils import CONFIG_NAME
 
 from sleepify.calibration import calibrate
+from sleepify.devices import device_of
 from sleepify.files import written_beside
 from sleepify.modeling import SleepForCausalLM
 from sleepify.training.evaluate_checkpoint import check_sleeps, tokenizer_of
@@ -63,9 +64,7 @@ def run(arguments: argparse.Namespace) -> float:
     tokenizer = tokenizer_of(arguments.model, arguments.tokenizer)
     if tokenizer is None:
         raise ValueError(f"expected a tokenizer in {arguments.model}, found none; give --tokenizer")
-    device: Any = arguments.device or (
-        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    )
+    device = device_of(arguments.device)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else "auto"
     model: Any = SleepForCausalLM.from_pretrained(arguments.model, dtype=dtype).to(device)
     window = model.options().window_size

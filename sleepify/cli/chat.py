@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import io
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
+from sleepify.devices import device_of
 from sleepify.modeling import SleepForCausalLM
 from sleepify.retrofit import sleepify
 from sleepify.session import Session
+from sleepify.training.evaluate_checkpoint import check_whole
 
 COMMANDS = {
     "/read FILE": "read a text file",
@@ -42,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     with contextlib.suppress(ImportError):  # not on every system; with it, lines can be edited and called up again
         importlib.import_module("readline")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # Bytes that are no text would take the lines after them along.
+        sys.stdin.reconfigure(errors="surrogateescape")
     console = Console(highlight=False)
     try:
         model = load(arguments)
@@ -63,11 +68,18 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="sleepify chat", description=__doc__)
     parser.add_argument("model", help="name or path of a model that sleeps, or of a base to give sleep to")
     parser.add_argument("--load", type=Path, metavar="FILE", help="go on with a session that was kept")
-    parser.add_argument("--n-loops", type=int, metavar="N", help="passes of a sleep")
-    parser.add_argument("--window-size", type=int, metavar="L", help="tokens of a window")
-    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="most tokens of an answer (512)")
+    parser.add_argument("--n_loops", "--n-loops", type=int, metavar="N", help="passes of a sleep")
+    parser.add_argument("--window_size", "--window-size", type=int, metavar="L", help="tokens of a window")
+    parser.add_argument(
+        "--max_new_tokens",
+        "--max-new-tokens",
+        type=int,
+        default=512,
+        metavar="N",
+        help="most tokens of an answer (512)",
+    )
     parser.add_argument("--temperature", type=float, metavar="T", help="sample at T; 0 for greedy answers")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="by default an accelerator if there is one")
     dtypes = ("auto", "float32", "bfloat16", "float16")
     parser.add_argument("--dtype", default="auto", choices=dtypes, help="auto: as it was saved")
     return parser.parse_args(argv)
@@ -79,8 +91,9 @@ def load(arguments: argparse.Namespace) -> SleepForCausalLM:
     Raises:
         ValueError, OSError: if there is none, or it cannot have these settings.
     """
-    config = AutoConfig.from_pretrained(arguments.model)
-    model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, config=config, dtype=arguments.dtype)
+    check_whole(arguments.model)
+    device = device_of(arguments.device)
+    model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype)
     given = {name: getattr(arguments, name) for name in ("n_loops", "window_size")}
     given = {name: value for name, value in given.items() if value is not None}
     if isinstance(model, SleepForCausalLM):
@@ -90,7 +103,7 @@ def load(arguments: argparse.Namespace) -> SleepForCausalLM:
     else:
         print("a base without sleep: what is inserted is untrained and adds nothing", file=sys.stderr)
         model = sleepify(model, **given)
-    return model.to(arguments.device).eval()
+    return model.to(device).eval()
 
 
 class Chat:
@@ -126,10 +139,14 @@ class Chat:
             try:
                 # Not the console's own: line editing must know the prompt, and the terminal be ready when it shows.
                 line = input("> ").strip()
+                line.encode()
             except EOFError:
                 return 0
             except KeyboardInterrupt:
                 self.console.print("\n[dim]/quit or Ctrl-D leaves[/dim]")
+                continue
+            except UnicodeError:
+                self.console.print("expected a line of text, got bytes that are none; say it again", style="red")
                 continue
             if line == "/quit":
                 return 0

@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> int:
     if words and not words[0].startswith("-"):
         words.insert(0, "--model")
     try:
-        run(words, description=__doc__)
+        run(words, description=__doc__, prog="sleepify evaluate")
     except (ValueError, OSError) as error:
         print(f"sleepify evaluate: {error}", file=sys.stderr)
         return 2

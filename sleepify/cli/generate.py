@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TextStre
 
 from sleepify.config import SleepConfig
 from sleepify.conversation import front
+from sleepify.devices import device_of
 from sleepify.training.evaluate_checkpoint import check_whole, tokenizer_of
 
 
@@ -68,11 +69,9 @@ def generate(arguments: argparse.Namespace) -> None:
     if arguments.ids and (arguments.chat or arguments.question is not None):
         raise ValueError("expected --question and --chat beside a text, got --ids; write all of the prompt as ids")
     check_whole(arguments.model)
+    device: Any = device_of(arguments.device)
     tokenizer = None if arguments.ids else tokenizer_of(arguments.model, arguments.tokenizer)
     ids = arguments.ids or _read(arguments, tokenizer)
-    device: Any = arguments.device or (
-        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    )
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else "auto"
     model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).to(device).eval()
     options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": False}

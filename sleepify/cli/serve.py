@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoTokenizer
 
+from sleepify.devices import device_of
 from sleepify.modeling import SleepForCausalLM
 from sleepify.serving.engine import Limits
 from sleepify.training.evaluate_checkpoint import check_sleeps
@@ -59,7 +59,7 @@ def _app(given: argparse.Namespace) -> Any:
     from sleepify.serving.api import create_app
 
     check_sleeps(given.model)
-    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(given.device)
     model = SleepForCausalLM.from_pretrained(given.model).to(device)
     limits = Limits(given.max_body, given.max_prompt, given.max_tokens, given.max_seconds, given.max_waiting,
                     given.max_sessions, given.session_bytes)  # fmt: skip
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="0 for any that is free")
     parser.add_argument("--name", help="the model's name for clients; by default the last part of MODEL")
-    parser.add_argument("--device", help="by default cuda where there is one")
+    parser.add_argument("--device", help="by default an accelerator if there is one")
     parser.add_argument("--api-key", action="append", default=[], metavar="KEY", help="may be given several times")
     parser.add_argument("--sessions", type=Path, metavar="DIR", help="keep sessions here, also past a restart")
     parser.add_argument("--session-bytes", type=_positive(int), default=limits.bytes, metavar="N",

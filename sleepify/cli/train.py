@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sleepify.cli.recipes import LAUNCH, find
-from sleepify.training import DatasetError
+from sleepify.errors import SleepifyError
 from sleepify.training.recipe import parse, run
 
 LAUNCHED = "SLEEPIFY_LAUNCHED"
@@ -51,14 +51,14 @@ def main(argv: Sequence[str]) -> int:
         if arguments.num_processes is not None:
             raise ValueError("expected --num_processes beside --accelerate FILE only; give both, or neither")
         words = ["--config", str(recipe), *fields]
-        # What is wrong with the fields is one line; what goes wrong later is a fault and keeps its traceback.
-        parse(None, words, description=__doc__)
+        # What is wrong with the fields is one line, and what we foresaw of the run; a fault keeps its traceback.
+        parse(None, words, description=__doc__, prog=parser.prog)
     except ValueError as error:
         print(f"sleepify train: {error}", file=sys.stderr)
         return 2
     try:
-        run(None, words, description=__doc__)
-    except DatasetError as error:
+        run(None, words, description=__doc__, prog=parser.prog)
+    except SleepifyError as error:
         print(f"sleepify train: {error}", file=sys.stderr)
         return 2
     return 0

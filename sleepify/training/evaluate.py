@@ -346,17 +346,25 @@ def exp_of(cost: float) -> float:
         return math.inf
 
 
+def check_image(path: str | os.PathLike) -> None:
+    """See that matplotlib can write an image of this name.
+
+    Raises:
+        ValueError: if not, naming the endings that there are.
+        ImportError: without matplotlib, which the extra ``train`` brings.
+    """
+    known = _figure().canvas.get_supported_filetypes()
+    if (ending := Path(path).suffix.removeprefix(".").lower()) not in known:
+        raise ValueError(f"expected an image's name that ends in one of {', '.join(sorted(known))}, got {ending!r}")
+
+
 def plot(report: Report, path: str | os.PathLike) -> None:
     """Accuracy against difficulty, a line per setting with its intervals; the ending of ``path`` chooses the format.
 
     Raises:
         ImportError: without matplotlib, which the extra ``train`` brings.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'sleepify[train]'") from error
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    figure = _figure()
     axes = figure.subplots()
     for setting in report.settings:
         scores = list(report.of(*setting).values())
@@ -371,3 +379,11 @@ def plot(report: Report, path: str | os.PathLike) -> None:
     axes.legend()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def _figure() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'sleepify[train]'") from error
+    return Figure(figsize=(6.4, 4.0), layout="constrained")

@@ -17,9 +17,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sleepify.config import SleepConfig
+from sleepify.devices import device_of
 from sleepify.files import written_beside
 from sleepify.modeling import SleepForCausalLM
-from sleepify.training.evaluate import at_window, evaluate, perplexity, plot, settings_of
+from sleepify.training.evaluate import at_window, check_image, evaluate, perplexity, plot, settings_of
 from sleepify.training.model_arguments import ModelArguments, check_dtype, load_tokenizer, pad_token
 from sleepify.training.runs import MERGED, TASK
 from sleepify.training.settings import json_object, parse_dataclasses
@@ -59,12 +60,12 @@ class EvaluateArguments:
             raise ValueError(f"expected text_file to be a file, found nothing at {self.text_file}")
 
 
-def run(argv: Sequence[str] | None = None, description: str | None = None) -> dict[str, Any]:
+def run(argv: Sequence[str] | None = None, description: str | None = None, prog: str | None = None) -> dict[str, Any]:
     """Evaluate.
 
     Args:
         argv: the command line without the program's name; None for that of the process.
-        description: for ``--help``.
+        description, prog: for ``--help``.
 
     Returns:
         What goes into the JSON file.
@@ -73,8 +74,10 @@ def run(argv: Sequence[str] | None = None, description: str | None = None) -> di
         ValueError: for a field that does not exist, nothing to test on, or settings that the model cannot have.
         DatasetError: for a dataset that does not fit, before the model is loaded.
     """
-    arguments, data = parse_dataclasses([EvaluateArguments, DatasetArguments], argv, description)
+    arguments, data = parse_dataclasses([EvaluateArguments, DatasetArguments], argv, description, prog=prog)
     check_whole(arguments.model)
+    if arguments.plot is not None:
+        check_image(arguments.plot)
     name, fields, trained_with = _task_of(arguments)
     rows = _rows(arguments, data)
     if name is None and rows is None and arguments.text_file is None:
@@ -84,9 +87,7 @@ def run(argv: Sequence[str] | None = None, description: str | None = None) -> di
         )
     if name is None and arguments.plot is not None:
         raise ValueError("expected plot with a task, whose accuracy it shows; leave it out, or give --task")
-    device: Any = arguments.device or (
-        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    )
+    device: Any = device_of(arguments.device)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype)).to(device)
     results: dict[str, Any] = {"model": arguments.model}
     if name is not None:
@@ -229,9 +230,18 @@ def _by_distance(model: Any, rows: TextRows, arguments: EvaluateArguments) -> li
 
 
 def _noted(model: str) -> dict[str, Any]:
-    """What the recipe that made a checkpoint wrote beside it; empty if none did."""
+    """What the recipe that made a checkpoint wrote beside it; empty if none did.
+
+    Raises:
+        ValueError: for a file of that name that no recipe has written.
+    """
     path = Path(model) / TASK
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not path.exists():
+        return {}
+    noted = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(noted, dict) or not {"recipe", "task", "tokenizer"} <= noted.keys():
+        raise ValueError(f"expected {path} to be what a recipe wrote, got another file; move it away")
+    return noted
 
 
 def tokenizer_of(model: str, name: str | None = None) -> Any:

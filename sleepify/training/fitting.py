@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedTokenizerBase
 
 from sleepify.card import renewed
+from sleepify.errors import SleepifyError
 from sleepify.files import written_beside
 from sleepify.training.arguments import SleepTrainingArguments
 from sleepify.training.data import SleepCollator
@@ -19,6 +22,25 @@ from sleepify.training.model_arguments import pad_token
 from sleepify.training.processes import note_single_process
 from sleepify.training.runs import MERGED, remove_drafts
 from sleepify.training.trainer import SleepTrainer
+
+
+class SetupError(SleepifyError):
+    """A run that its recipe's fields describe and that cannot be: nothing of it has been trained or written."""
+
+
+@contextmanager
+def setting_up() -> Iterator[None]:
+    """Tell what is wrong with a recipe's fields, whoever finds it, from a fault of the training.
+
+    Raises:
+        SetupError: in place of other errors of values, files and configurations, which say what was wrong.
+    """
+    try:
+        yield
+    except SleepifyError:
+        raise
+    except (ValueError, OSError, StrictDataclassError) as error:
+        raise SetupError(" ".join(str(error).split())) from error
 
 
 @dataclass(frozen=True)

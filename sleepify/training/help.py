@@ -70,4 +70,4 @@ def arrange(parser: argparse.ArgumentParser, kinds: Sequence[Any], many: type | 
         group._group_actions += [actions[name] for name in names if name in actions]
         groups.append(group)
     parser._action_groups = [group for group in groups if group._group_actions]
-    parser.usage = "[FILE.yaml] [--field value ...]"
+    parser.usage = "%(prog)s [FILE.yaml] [--field value ...]"

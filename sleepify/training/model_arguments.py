@@ -6,17 +6,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ByT5Tokenizer,
+    PreTrainedModel,
+)
 
 from sleepify.config import SleepConfig
 from sleepify.defaults import resolve
 from sleepify.peft import lora_config
 from sleepify.retrofit import sleepify
 from sleepify.tasks.gsm_infinite import PETS, THEMES, TREES, WordTokenizer
-from sleepify.training.settings import json_object
+from sleepify.training.settings import json_object, suggest
 from sleepify.training.sleep_arguments import SleepArguments
 
 DTYPES = ("float32", "bfloat16")
+_ELSEWHERE = ("head_dim", "rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_pct", "rotary_emb_base")
+"""Fields of configurations that they keep elsewhere, or some of them only."""
 
 
 @dataclass
@@ -61,6 +70,8 @@ class ModelArguments:
         check_dtype(self.dtype)
         if (self.model is None) == (self.architecture is None):
             raise ValueError(f"expected either model or architecture, got {self.model!r} and {self.architecture!r}")
+        if self.lora_r < 0:
+            raise ValueError(f"expected lora_r to be a rank of 1 or more, or 0 for no LoRA, got {self.lora_r!r}")
         self.model_config = json_object("model_config", self.model_config)
         if self.model_config and self.architecture is not None:
             raise ValueError("model_config changes a pretrained model's configuration; write it into architecture")
@@ -90,8 +101,7 @@ def build_model(arguments: ModelArguments, sleep: SleepArguments, vocab_size: in
             torch.nn.init.normal_(model.get_input_embeddings().weight, std=arguments.embedding_std)
     else:
         name, revision = str(arguments.model), arguments.model_revision
-        changes: Any = arguments.model_config or {}
-        config = AutoConfig.from_pretrained(name, revision=revision, **changes)
+        config = pretrained_config(arguments)
         if isinstance(config, SleepConfig):
             config, settings = _change(config, settings), {}
         model = AutoModelForCausalLM.from_pretrained(name, config=config, revision=revision, **options)
@@ -109,7 +119,39 @@ def new_architecture(architecture: dict | str, vocab_size: int | None) -> Any:
         raise ValueError(f"architecture: expected a model_type among its fields, got {sorted(values)}")
     if vocab_size is not None:
         values.setdefault("vocab_size", vocab_size)
-    return AutoConfig.for_model(values.pop("model_type"), **values)
+    if (model_type := values.pop("model_type")) not in CONFIG_MAPPING:
+        raise ValueError(
+            f"architecture: expected a model_type of transformers, got {model_type!r}"
+            f"{suggest(str(model_type), list(CONFIG_MAPPING))}"
+        )
+    _check_fields("architecture", AutoConfig.for_model(model_type), values)
+    return AutoConfig.for_model(model_type, **values)
+
+
+def pretrained_config(arguments: ModelArguments) -> Any:
+    """The configuration of the model that is named, changed as it is asked for.
+
+    Raises:
+        ValueError, OSError: if there is none, or a field to change is misspelt.
+    """
+    name, revision, changes = str(arguments.model), arguments.model_revision, arguments.model_config or {}
+    config = AutoConfig.from_pretrained(name, revision=revision)
+    if not isinstance(changes, dict) or not changes:
+        return config
+    _check_fields("model_config", config, changes)
+    return AutoConfig.from_pretrained(name, revision=revision, **changes)
+
+
+def _check_fields(which: str, config: Any, values: dict[str, Any]) -> None:
+    """See that no field is a misspelt one: transformers takes any, and a model of other sizes is trained.
+
+    Raises:
+        ValueError: naming what may have been meant.
+    """
+    known = [*dir(config), *_ELSEWHERE]
+    for name in values:
+        if name not in known and (hint := suggest(name, known, 0.85)):
+            raise ValueError(f"{which}: a {config.model_type} has no field {name!r}{hint}")
 
 
 def _change(config: SleepConfig, settings: dict[str, Any]) -> SleepConfig:

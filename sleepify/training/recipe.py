@@ -22,7 +22,7 @@ from sleepify.training.arguments import SleepTrainingArguments
 from sleepify.training.curve import CURVE, Curve, Point
 from sleepify.training.data import TaskDataset
 from sleepify.training.evaluate import Report, evaluate, plot, settings_of
-from sleepify.training.fitting import Spent, fit, trainer_of, write_notes
+from sleepify.training.fitting import Spent, fit, setting_up, trainer_of, write_notes
 from sleepify.training.model_arguments import ModelArguments, build_model, load_tokenizer, pad_token
 from sleepify.training.runs import TASK
 from sleepify.training.settings import parse_dataclasses, peek, suggest
@@ -95,20 +95,25 @@ class Result:
     curve: Sequence[Point] = ()
 
 
-def parse(name: str | None = None, argv: Sequence[str] | None = None, description: str | None = None) -> Recipe:
+def parse(
+    name: str | None = None,
+    argv: Sequence[str] | None = None,
+    description: str | None = None,
+    prog: str | None = None,
+) -> Recipe:
     """Command line to arguments.
 
     Args:
         name: of the recipe, which the file may name too; None to go by the file.
         argv: without the program's name; None for that of the process.
-        description: for ``--help``.
+        description, prog: for ``--help``.
 
     Raises:
         ValueError: for a recipe or a field that does not exist, or a file of another recipe.
     """
     name = _name(name, argv)
     kinds = [KINDS[name], ModelArguments, SleepArguments, TestArguments, SleepTrainingArguments]
-    *parsed, _ = parse_dataclasses([*kinds, RecipeArguments], argv, description, SleepTrainingArguments)
+    *parsed, _ = parse_dataclasses([*kinds, RecipeArguments], argv, description, SleepTrainingArguments, prog)
     return Recipe(name, *parsed)
 
 
@@ -128,31 +133,38 @@ def _name(expected: str | None, argv: Sequence[str] | None) -> str:
     return name
 
 
-def run(name: str | None = None, argv: Sequence[str] | None = None, description: str | None = None) -> Result:
+def run(
+    name: str | None = None,
+    argv: Sequence[str] | None = None,
+    description: str | None = None,
+    prog: str | None = None,
+) -> Result:
     """A whole recipe: build the model, train, save, test by difficulty; the report goes beside the checkpoint.
 
     Args:
         name: as in `parse`.
         argv: the command line without the program's name; None for that of the process.
-        description: for ``--help``.
+        description, prog: for ``--help``.
 
     Raises:
-        ValueError: as `parse`, and for a model or a task that cannot be.
+        ValueError: as `parse`.
+        SetupError: for a model or a task that cannot be.
     """
-    recipe = parse(name, argv, description)
+    recipe = parse(name, argv, description, prog)
     if isinstance(recipe.task, DatasetArguments):
         spent, results = run_sft(recipe, recipe.task)
         return Result(None, spent, results=results)
     training = recipe.training
     output = Path(str(training.output_dir))
-    set_seed(training.seed)
-    # Tasks that write in ids of their own take bases that never had a tokenizer.
-    tokenizer: Any = load_tokenizer(recipe.model) if recipe.task.reads_text else None
-    task, test_task = (recipe.task.build(test, tokenizer) for test in (False, True))
-    model: Any = build_model(recipe.model, recipe.sleep, getattr(task, "vocab_size", None) or len(tokenizer))
-    # What cannot be tested is refused now, not after the training.
-    settings_of(model, recipe.test.test_n_loops, recipe.test.test_window_sizes)
-    trainer = trainer_of(model, training, tokenizer, train_dataset=TaskDataset(task))
+    with setting_up():
+        set_seed(training.seed)
+        # Tasks that write in ids of their own take bases that never had a tokenizer.
+        tokenizer: Any = load_tokenizer(recipe.model) if recipe.task.reads_text else None
+        task, test_task = (recipe.task.build(test, tokenizer) for test in (False, True))
+        model: Any = build_model(recipe.model, recipe.sleep, getattr(task, "vocab_size", None) or len(tokenizer))
+        # What cannot be tested is refused now, not after the training.
+        settings_of(model, recipe.test.test_n_loops, recipe.test.test_window_sizes)
+        trainer = trainer_of(model, training, tokenizer, train_dataset=TaskDataset(task))
     if trainer.is_world_process_zero():
         note_other_windows(getattr(task, "window_size", None), settings_of(model, None, None)[0][1])
 

@@ -25,6 +25,8 @@ TASK = "task.json"
 """File beside a checkpoint that says what it was trained on."""
 MANIFEST = "sleep_run.json"
 _SETTINGS = ("optimizer", "muon_learning_rate", "adamw_learning_rate", "muon_momentum", "weight_decay", "seed")
+_SINCE = ("lr_scheduler_type", "warmup_steps", "data_seed")
+"""Settings that older checkpoints say nothing of."""
 _ROWS = "rows"
 _SLEEP = ("window_size", "eviction", "loop_range", "n_loops", "backprop_loops", "backprop_windows")
 
@@ -39,7 +41,7 @@ def describe_run(model: nn.Module, args: SleepTrainingArguments, dataset: Any) -
     run = {name: getattr(config, name, None) for name in _SLEEP}
     if args.loops_schedule is not None:
         run["n_loops"] = args.loops_schedule
-    run |= {name: getattr(args, name) for name in _SETTINGS}
+    run |= {name: getattr(args, name) for name in (*_SETTINGS, *_SINCE)}
     # Absent from checkpoints of before there was a choice.
     run["muon_adjust_lr"] = None if args.muon_adjust_lr == "original" else args.muon_adjust_lr
     run["objectives"] = args.objectives() or None
@@ -69,8 +71,8 @@ def read_manifest(checkpoint: Path, run: dict[str, Any]) -> dict[str, Any]:
         raise CheckpointError(
             f"expected a readable {MANIFEST} in {checkpoint}, got {error!r}; take an older one"
         ) from error
-    # Checkpoints of before it was noted say nothing of the rows.
-    then.setdefault(_ROWS, run[_ROWS])
+    for name in (_ROWS, *_SINCE):
+        then.setdefault(name, run[name])
     differing = [f"{name}: {then.get(name)!r} there, {run[name]!r} here" for name in run if then.get(name) != run[name]]
     if differing:
         raise CheckpointError(

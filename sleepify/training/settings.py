@@ -28,7 +28,11 @@ _WORDS = {int: "a whole number", float: "a number", bool: "true or false", dict:
 
 
 def parse_dataclasses(
-    types: Sequence[Any], argv: Sequence[str] | None, description: str | None, many: type | None = None
+    types: Sequence[Any],
+    argv: Sequence[str] | None,
+    description: str | None,
+    many: type | None = None,
+    prog: str | None = None,
 ) -> tuple[Any, ...]:
     """Command line to one object of each of ``types``.
 
@@ -37,13 +41,14 @@ def parse_dataclasses(
         argv: without the program's name; None for that of the process.
         description: for ``--help``.
         many: the one of ``types`` with so many fields that ``--help`` has several headings for it.
+        prog: how the program was called, for ``--help``; by default its file.
 
     Raises:
         ValueError: for a field, in the YAML file or on the command line, that does not exist, or a value in the file of
             another type.
     """
     arguments = _arguments(argv)
-    parser = _Parser(types, description=description, allow_abbrev=False, formatter_class=Formatter)
+    parser = _Parser(types, prog=prog, description=description, allow_abbrev=False, formatter_class=Formatter)
     parser.add_argument("--config", help="A YAML file of fields; it may also come first, without --config.")
     known = sorted({f.name for kind in types for f in fields(kind)})
     arrange(parser, types, many)
@@ -196,9 +201,9 @@ def _in_words(kind: Any) -> str:
     return f"{_WORDS[kind]}{', in quotes if it looks like something else' * (kind is str)}"
 
 
-def suggest(name: str, known: Collection[str]) -> str:
-    """What may have been meant, to end a message with; empty if nothing is close."""
-    close = difflib.get_close_matches(name, known, n=1)
+def suggest(name: str, known: Collection[str], cutoff: float = 0.6) -> str:
+    """What may have been meant, to end a message with; empty if nothing is as close as ``cutoff``, 1 for the same."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

@@ -10,13 +10,19 @@ import logging
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from sleepify.config import SleepConfig
 from sleepify.defaults import MAX_DEFAULT_WINDOW, resolve
 from sleepify.training.evaluate import settings_of
-from sleepify.training.fitting import Spent, fit, trainer_of, write_notes
-from sleepify.training.model_arguments import build_model, load_tokenizer, new_architecture, pad_token
+from sleepify.training.fitting import Spent, fit, setting_up, trainer_of, write_notes
+from sleepify.training.model_arguments import (
+    build_model,
+    load_tokenizer,
+    new_architecture,
+    pad_token,
+    pretrained_config,
+)
 from sleepify.training.runs import TASK
 from sleepify.training.text_data import DatasetArguments, TextData, TextRows, TextStream, load_text
 from sleepify.training.text_evaluate import evaluate_text, table
@@ -37,31 +43,32 @@ def run(recipe: Recipe, data: DatasetArguments) -> tuple[Spent, dict[str, Any]]:
 
     Raises:
         DatasetError: for a dataset that does not fit, see `load_text`.
-        ValueError: for a model or a setting that cannot be.
+        SetupError: for a model or a setting that cannot be.
     """
     training = recipe.training
-    if recipe.test.test_window_sizes is not None:
-        raise ValueError("expected test_window_sizes to be left out: distances are told by the model's own window")
-    if data.streaming and training.max_steps <= 0:
-        raise DatasetError("expected max_steps with streaming, since nobody knows how long the data is")
-    set_seed(training.seed)
-    tokenizer = load_tokenizer(recipe.model)
-    window_size, positions = _reach(recipe, tokenizer)
-    with training.main_process_first(desc="tokenise"):
-        text = load_text(
-            data,
-            tokenizer,
-            window_size=window_size,
-            positions=positions,
-            batch_size=training.per_device_train_batch_size,
-            seed=training.seed,
-        )
-    if training.train_sampling_strategy == "random":
-        training.train_sampling_strategy = "group_by_length"
-    model: Any = build_model(recipe.model, recipe.sleep, len(tokenizer))
-    # What cannot be tested is refused now, not after the training.
-    settings_of(model, recipe.test.test_n_loops, None)
-    trainer = trainer_of(model, training, tokenizer, train_dataset=text.train, eval_dataset=text.held_out)
+    with setting_up():
+        if recipe.test.test_window_sizes is not None:
+            raise ValueError("expected test_window_sizes to be left out: distances are told by the model's own window")
+        if data.streaming and training.max_steps <= 0:
+            raise DatasetError("expected max_steps with streaming, since nobody knows how long the data is")
+        set_seed(training.seed)
+        tokenizer = load_tokenizer(recipe.model)
+        window_size, positions = _reach(recipe, tokenizer)
+        with training.main_process_first(desc="tokenise"):
+            text = load_text(
+                data,
+                tokenizer,
+                window_size=window_size,
+                positions=positions,
+                batch_size=training.per_device_train_batch_size,
+                seed=training.seed,
+            )
+        if training.train_sampling_strategy == "random":
+            training.train_sampling_strategy = "group_by_length"
+        model: Any = build_model(recipe.model, recipe.sleep, len(tokenizer))
+        # What cannot be tested is refused now, not after the training.
+        settings_of(model, recipe.test.test_n_loops, None)
+        trainer = trainer_of(model, training, tokenizer, train_dataset=text.train, eval_dataset=text.held_out)
     spent = fit(trainer)
     results = describe(recipe, text, window_size) | asdict(spent)
     if text.held_out is not None:
@@ -87,8 +94,7 @@ def _reach(recipe: Recipe, tokenizer: Any) -> tuple[int, int | None]:
     if arguments.architecture is not None:
         config = new_architecture(arguments.architecture, None if tokenizer is None else len(tokenizer))
     else:
-        changes: Any = arguments.model_config or {}
-        config = AutoConfig.from_pretrained(str(arguments.model), revision=arguments.model_revision, **changes)
+        config = pretrained_config(arguments)
     if not recipe.sleep.sleep:
         longest = longest_of(config)
         return settings.get("window_size") or min(MAX_DEFAULT_WINDOW, longest or MAX_DEFAULT_WINDOW), longest

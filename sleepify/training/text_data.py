@@ -286,8 +286,11 @@ def _tokenised(
     if not share:
         return TextRows(rows), None, lengths
     if len(rows) == 1:
-        # A single text is held out from its end.
-        return *_cut(rows, share if share < 1 else 0.05, encoder.format), lengths
+        if share >= 1:
+            raise DatasetError(
+                f"expected held_out to be a share below 1 of a single text, whose end it is, got {share:g} rows"
+            )
+        return *_cut(rows, share, encoder.format), lengths
     number = int(share) if share >= 1 else max(1, round(share * len(rows)))
     if number >= len(rows):
         raise DatasetError(f"expected held_out to leave rows to train on, got {number} of {len(rows)}")

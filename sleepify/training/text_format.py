@@ -21,6 +21,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from sleepify.conversation import front
+from sleepify.errors import SleepifyError
 from sleepify.tasks.base import IGNORE
 from sleepify.training.settings import suggest
 
@@ -33,7 +34,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
 
 
-class DatasetError(ValueError):
+class DatasetError(SleepifyError):
     """A dataset that cannot be trained on; the message says which row or column, and what to do."""
 
 

@@ -25,7 +25,7 @@ SUBJECTS: dict[str, str] = {
     "Training": "training/",
     "Tasks": "tasks/",
     "The server": "serving/",
-    "The command": "cli/ __main__",
+    "The command": "cli/ __main__ devices",
     "Jet-Nemotron and Ouro": "models/",
 }
 """Headings, and the beginnings of the names of the files whose messages they have; the first that fits."""

@@ -26,6 +26,7 @@ MAX_LINES = 400
 # A room is a module or folder of sleepify/. What each may import of ours when it is itself imported; nothing else may.
 EDGES: dict[str, set[str]] = {
     "version": set(),
+    "devices": set(),
     "errors": set(),
     "arena": set(),
     "memory": {"arena"},
@@ -83,7 +84,19 @@ EDGES: dict[str, set[str]] = {
     "calibration": {"convergence", "generation", "modeling", "recording", "rows", "settings"},
     "retrofit": {"config", "defaults", "fingerprint", "hosts", "modeling", "settings"},
     "training": {
-        *("card", "config", "conversation", "defaults", "errors", "fast_weights", "files", "hosts", "loader", "loss"),
+        *(
+            "card",
+            "config",
+            "conversation",
+            "defaults",
+            "devices",
+            "errors",
+            "fast_weights",
+            "files",
+            "hosts",
+            "loader",
+            "loss",
+        ),
         *("manifest", "memory", "modeling", "packing", "peft", "recompute", "retrofit", "rows", "schedule", "settings"),
         *("sleep", "snapshot", "tasks"),
     },
@@ -106,6 +119,8 @@ EDGES: dict[str, set[str]] = {
             "calibration",
             "config",
             "conversation",
+            "devices",
+            "errors",
             "files",
             "hosts",
             "modeling",

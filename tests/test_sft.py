@@ -9,6 +9,7 @@ import sys
 from itertools import islice
 from pathlib import Path
 
+import datasets
 import pytest
 import small
 import torch
@@ -29,6 +30,7 @@ from sleepify.training import (
     load_text,
 )
 from sleepify.training import recipe as recipes
+from sleepify.training.data import SeededByLength
 from sleepify.training.evaluate import perplexity
 from sleepify.training.text_data import describe_windows
 from sleepify.training.text_evaluate import answer_distance, bucket, distances
@@ -205,12 +207,18 @@ def test_held_out_rows_are_not_trained_on_and_similar_lengths_come_together(tmp_
 
 
 def grouped(rows, size):
-    lengths = [rows.lengths[i] for i in rows.sampler(size)]
+    lengths = [rows.lengths[i] for i in SeededByLength(rows.lengths, size, 0, lambda: None)]
     return [lengths[i : i + size] for i in range(0, len(lengths), size)]
 
 
-def test_an_epoch_has_its_own_order_which_a_resumed_run_finds_again(tmp_path):
+@pytest.mark.parametrize("kind", ["ours", "datasets", "list"])
+def test_an_epoch_has_its_own_order_which_a_resumed_run_finds_again(tmp_path, kind):
     rows = load(write(tmp_path / "data.jsonl", [{"text": "AB" * (n % 5 + 2)} for n in range(12)])).train
+    lengths = rows.lengths
+    if kind != "ours":
+        rows = [rows[index] for index in range(12)]
+    if kind == "datasets":
+        rows = datasets.Dataset.from_list(rows)
 
     def trainer(steps, **settings):
         settings |= {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2, "logging_steps": 1}
@@ -234,11 +242,10 @@ def test_an_epoch_has_its_own_order_which_a_resumed_run_finds_again(tmp_path):
 
     first, orders = trainer(10), []
     first.train()
-    for epoch in (0, 1, 0):
-        rows.set_epoch(epoch)
-        orders.append(list(rows.sampler(2)))
+    for epoch in (None, 1.0, 0.5):
+        orders.append(list(SeededByLength(lengths, 2, 0, lambda epoch=epoch: epoch)))
     assert orders[0] == orders[2] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == list(range(12))
-    assert list(rows.sampler(2, seed=1)) != orders[2]
+    assert list(SeededByLength(lengths, 2, 1, lambda: 0.5)) != orders[2]
     # Within the second epoch of six steps.
     second = trainer(10)
     second.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-8"))

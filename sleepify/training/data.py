@@ -6,12 +6,15 @@ can get wrong is the labels, so this one checks and clears them where no predict
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from random import Random
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 
 from sleepify.tasks.base import IGNORE, Example, Split
 
@@ -52,6 +55,40 @@ class TaskDataset(Dataset[dict[str, list[int]]]):
             raise IndexError(f"expected an index from 0 to {self.n_examples - 1}, got {index}")
         example = self.task.example(self.start + index, self.split)
         return {"input_ids": example.input_ids, "labels": example.labels}
+
+
+class SeededByLength(LengthGroupedSampler):
+    """transformers' sampler, whose order follows from seed and epoch alone, so that a run that resumes within an epoch
+    reads the rows that are left of it.
+
+    Args:
+        lengths: of all rows, in tokens.
+        batch_size: rows among which those of similar length come together.
+        seed: of the order.
+        epoch: how many have gone by, or a part of one; None for none.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int, epoch: Callable[[], float | None]) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self.seed, self.epoch = seed, epoch
+
+    def __iter__(self) -> Iterator[int]:
+        drawn = torch.Generator().manual_seed(Random(f"{self.seed}/{int(self.epoch() or 0)}").getrandbits(63))
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=drawn))
+
+    @classmethod
+    def of(cls, dataset: Any, args: TrainingArguments, epoch: Callable[[], float | None]) -> SeededByLength | None:
+        """That of a run, if it is asked for and rows have lengths: a dataset's column or attribute, else its
+        ``input_ids``."""
+        if args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "__len__"):
+            return None
+        columns = getattr(dataset, "column_names", None) or ()
+        lengths = dataset[args.length_column_name] if args.length_column_name in columns else None
+        if lengths is None and (lengths := getattr(dataset, "lengths", None)) is None:
+            lengths = [len(row["input_ids"]) for row in dataset]
+        seed = args.seed if args.data_seed is None else args.data_seed
+        rows = args.train_batch_size * args.gradient_accumulation_steps
+        return cls(list(lengths), rows, seed, epoch)
 
 
 class SleepCollator:

@@ -17,12 +17,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from random import Random
 from typing import Any
 
-import torch
 from torch.utils.data import Dataset, IterableDataset
-from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 
 from sleepify.training.settings import json_object
 from sleepify.training.text_format import FORMATS, DatasetError, Encoder, recognise
@@ -87,7 +84,6 @@ class TextRows(Dataset[dict[str, list[int]]]):
     def __init__(self, rows: Any) -> None:
         self.rows = rows
         self.lengths: list[int] = list(rows["length"])
-        self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -113,27 +109,6 @@ class TextRows(Dataset[dict[str, list[int]]]):
         for index in range(0, len(self), max(1, len(self) // SAMPLED)):
             known.update(repr(self[index]).encode())
         return known.hexdigest()[:16]
-
-    def set_epoch(self, epoch: int) -> None:
-        """Begin this pass over the rows; Accelerate calls it."""
-        self.epoch = epoch
-
-    def sampler(self, batch_size: int, seed: int = 0) -> GroupedRows:
-        """Rows at random, those of similar length together."""
-        return GroupedRows(self, batch_size, seed)
-
-
-class GroupedRows(LengthGroupedSampler):
-    """transformers' sampler, whose order follows from seed and epoch alone, so that a run that resumes within an epoch
-    reads the rows that are left of it."""
-
-    def __init__(self, rows: TextRows, batch_size: int, seed: int) -> None:
-        super().__init__(batch_size, lengths=rows.lengths)
-        self.rows, self.seed = rows, seed
-
-    def __iter__(self) -> Iterator[int]:
-        drawn = torch.Generator().manual_seed(Random(f"{self.seed}/{self.rows.epoch}").getrandbits(63))
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=drawn))
 
 
 class TextStream(IterableDataset[dict[str, list[int]]]):

@@ -29,7 +29,7 @@ from sleepify.modeling import SleepForCausalLM
 from sleepify.rows import NO_COLUMNS
 from sleepify.training import runs
 from sleepify.training.arguments import SleepTrainingArguments
-from sleepify.training.data import SleepCollator, TaskDataset
+from sleepify.training.data import SeededByLength, SleepCollator, TaskDataset
 from sleepify.training.norms import not_finite, state_norms
 from sleepify.training.objectives import SUPERVISED, Criterion, objectives_of, sleeping_model
 from sleepify.training.optim import build_optimizer, idle_layers
@@ -37,7 +37,6 @@ from sleepify.training.pushing import SleepPushes
 from sleepify.training.rounds import equalise, restore
 from sleepify.training.sharding import autocast_under_fsdp, check_sharding, give_memory_out
 from sleepify.training.stopping import StopRequest
-from sleepify.training.text_data import TextRows
 from sleepify.training.zero import build_zero_optimizer
 
 logger = logging.getLogger(__name__)
@@ -131,10 +130,8 @@ class SleepTrainer(SleepPushes):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if isinstance(dataset, TaskDataset):
             return SequentialSampler(dataset)
-        if isinstance(dataset, TextRows) and self.args.train_sampling_strategy == "group_by_length":
-            args, seed = self.args, self.args.seed if self.args.data_seed is None else self.args.data_seed
-            return dataset.sampler(args.train_batch_size * args.gradient_accumulation_steps, seed)
-        return super()._get_train_sampler(train_dataset)
+        sampler = SeededByLength.of(dataset, self.args, lambda: self.state.epoch)
+        return sampler or super()._get_train_sampler(train_dataset)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """See `build_optimizer`, and under DeepSpeed `build_zero_optimizer`."""

@@ -189,7 +189,7 @@ SETTINGS: dict[str, Setting] = {
             HOPS.format(n=16, every=200, queries="ten") + ENDS,
             "hops_base.yaml",
             "hops_small.yaml",
-            ("n4", "full", "n1", "n4_long", "n1_compute"),
+            ("n4", "full", "n1", "full_2x", "full_4x", "n4_long", "n1_compute"),
             changes={**SIXTEEN, **HALF_BATCH, "pair_ends": True},
             architecture=WIDER,
             tuned_changes={"window_size": 48, "max_steps": 3600, "fast_weights_num_heads": 3, "curriculum": 64 * 200},

@@ -70,6 +70,19 @@ def test_loops_can_be_chosen_per_generation_and_per_call():
     assert not torch.equal(generated[1], generated[3])
 
 
+def test_guidance_holds_a_session_of_its_own_for_what_is_not_asked():
+    """transformers reads the prompt's last token and what is made as the other text, in a cache that it keeps."""
+    model, ids, scale = sleeping(), tokens(1, 9), 1.7
+    made = model.generate(
+        ids, max_new_tokens=8, do_sample=False, guidance_scale=scale, output_scores=True, return_dict_in_generate=True
+    )
+    for column, scores in zip(range(9, 17), made.scores, strict=True):
+        asked, other = (
+            model(made.sequences[:, begin:column]).logits[:, -1].log_softmax(-1).float() for begin in (0, 8)
+        )
+        assert_close(scores.float(), scale * (asked - other) + other, FLOAT32, f"column {column}")
+
+
 def test_beam_search_is_that_without_a_cache():
     model = sleeping()
     ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)

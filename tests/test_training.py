@@ -317,6 +317,8 @@ def test_arguments_are_checked(tmp_path):
             arguments(tmp_path, **wrong)
     with pytest.raises(ValueError, match="data_collator"):
         SleepTrainer(sleeping(), arguments(tmp_path), train_dataset=TaskDataset(TASK))
+    with pytest.raises(ValueError, match="no model_init: make a model and a trainer for every trial"):
+        SleepTrainer(None, arguments(tmp_path), model_init=sleeping, train_dataset=TaskDataset(TASK))
 
 
 def test_each_process_reads_a_stream_itself(tmp_path):

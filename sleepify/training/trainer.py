@@ -70,7 +70,7 @@ class SleepTrainer(SleepPushes):
 
     Raises:
         TypeError: for arguments of another class.
-        ValueError: if no pad token is known, or ``train_only`` or a loss does not fit the model.
+        ValueError: for ``model_init``, if no pad token is known, or ``train_only`` or a loss does not fit the model.
     """
 
     args: SleepTrainingArguments
@@ -80,6 +80,8 @@ class SleepTrainer(SleepPushes):
     ) -> None:
         if not isinstance(args, SleepTrainingArguments):
             raise TypeError(f"expected args to be SleepTrainingArguments, got {type(args).__name__}")
+        if model is None or kwargs.get("model_init") is not None:
+            raise ValueError("expected a model, and no model_init: make a model and a trainer for every trial")
         args.settle_optimizer()
         if kwargs.get("data_collator") is None:
             pad_id = getattr(kwargs.get("processing_class"), "pad_token_id", None)

@@ -23,7 +23,7 @@ from benchmarks.worth_costs import Cost
 from benchmarks.worth_runs import FINISHED, MODELS, Run, finished, words_of
 from benchmarks.worth_settings import CONFIGS, SETTINGS, Setting
 from sleepify.files import written_beside
-from sleepify.tasks.gsm_infinite import GsmInfinite, solve
+from sleepify.tasks.gsm_infinite import GsmInfinite, Problem, solve
 from sleepify.training import recipe
 from sleepify.training.data import Task
 from sleepify.training.model_arguments import load_tokenizer
@@ -37,6 +37,7 @@ Group = tuple[Any, ...]
 """Of queries: what puts it in order, then its heading."""
 READING = {"n_reads", "n_windows", "window_size", "retrieve_tokens", "summary_tokens"}
 """Fields by which an arm changes what is read before the question."""
+_DRAWN: dict[tuple[str, int], list[Problem]] = {}
 INTRODUCTION = """All arms of a setting begin with one base, which the same recipe has pretrained with full attention on
 the easy part of the task, and are trained on the same rows in the same order; "compute of N = 4" is N = 1 trained on
 until it has taken the processor time of N = 4. Exact match on held-out rows in per cent; of two seeds both, of more
@@ -230,11 +231,24 @@ def text_of(setting: Setting, arm: Arm, seed: int) -> list[int]:
     return example.input_ids[: (example.queries[0].start - 1) // window * window]
 
 
+def _problems(task: GsmInfinite, index: int) -> list[Problem]:
+    """Of a test row; drawn once, since most draws belong to the other split and are thrown away."""
+    if (key := (repr(task), index)) not in _DRAWN:
+        _DRAWN[key] = task.problems(index, "test")
+    return _DRAWN[key]
+
+
 def evictions_part(setting: Setting) -> Part | None:
     """Accuracy by how many windows a sleeping model has evicted when it answers; None where that is one number."""
 
     def evicted(task: Task, index: int, window: int) -> list[Group]:
-        counts = [(query.start - 1) // window for query in task.example(index, "test").queries]
+        if isinstance(task, GsmInfinite):
+            assert task.prompt is not None
+            first, *further = _problems(task, index)
+            example = task.prompt.example(first, further)
+        else:
+            example = task.example(index, "test")
+        counts = [(query.start - 1) // window for query in example.queries]
         return [(count, f"{count} evicted") for count in counts]
 
     return _grouped_part(
@@ -252,7 +266,7 @@ def chains_part(setting: Setting) -> Part | None:
     def chain(task: Task, index: int, _: int) -> list[Group]:
         if not isinstance(task, GsmInfinite):
             return [(0, "")]
-        asked = task.problems(index, "test")
+        asked = _problems(task, index)
         chains = [solve(each.problem, each.question).chain for each in asked]
         if task.n_questions == 1:
             return [(chain, f"chain of {chain}") for chain in chains]

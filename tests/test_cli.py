@@ -87,6 +87,7 @@ def test_generate_sleeps_as_it_is_told(trained: Path, capsys: pytest.CaptureFixt
         (["train", "rule110_tinny"], "got 'rule110_tinny' (did you mean 'rule110_tiny'?)"),
         (["train", "rule110_tiny", "--n_lops", "2", *TINY], "did you mean 'n_loops'?"),
         (["train", "rule110_tiny", "--accelerate", "dpp"], "got 'dpp' (did you mean 'ddp'?)"),
+        (["train", "rule110_tiny", "--accelerate", "ddp", "--n_lops", "2"], "did you mean 'n_loops'?"),
         (["train", "rule110_tiny", "--num_processes", "2"], "expected --num_processes beside --accelerate FILE only"),
         (
             ["generate", "OUT", "--prompt", "1011"],

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from sleepify.cli.recipes import LAUNCH, find
 from sleepify.errors import SleepifyError
-from sleepify.training.recipe import parse, run
+from sleepify.training.recipe import check, parse, run
 
 LAUNCHED = "SLEEPIFY_LAUNCHED"
 """Environment variable of the processes that `accelerate launch` starts for us."""
@@ -46,11 +46,13 @@ def main(argv: Sequence[str]) -> int:
     arguments, fields = parser.parse_known_args(argv)
     try:
         recipe = find(arguments.recipe)
+        words = ["--config", str(recipe), *fields]
         if arguments.accelerate is not None:
-            return _launch(recipe, find(arguments.accelerate, LAUNCH), arguments.num_processes, fields)
+            launch_file = find(arguments.accelerate, LAUNCH)
+            check(words)
+            return _launch(recipe, launch_file, arguments.num_processes, fields)
         if arguments.num_processes is not None:
             raise ValueError("expected --num_processes beside --accelerate FILE only; give both, or neither")
-        words = ["--config", str(recipe), *fields]
         # What is wrong with the fields is one line, and what we foresaw of the run; a fault keeps its traceback.
         parse(None, words, description=__doc__, prog=parser.prog)
     except ValueError as error:

@@ -25,7 +25,7 @@ from sleepify.training.evaluate import Report, evaluate, plot, settings_of
 from sleepify.training.fitting import Spent, fit, setting_up, trainer_of, write_notes
 from sleepify.training.model_arguments import ModelArguments, build_model, load_tokenizer, pad_token
 from sleepify.training.runs import TASK
-from sleepify.training.settings import parse_dataclasses, peek, suggest
+from sleepify.training.settings import check_fields, parse_dataclasses, peek, suggest
 from sleepify.training.sft import run as run_sft
 from sleepify.training.sleep_arguments import SleepArguments
 from sleepify.training.task_arguments import RECIPES, TaskArguments
@@ -112,9 +112,21 @@ def parse(
         ValueError: for a recipe or a field that does not exist, or a file of another recipe.
     """
     name = _name(name, argv)
-    kinds = [KINDS[name], ModelArguments, SleepArguments, TestArguments, SleepTrainingArguments]
-    *parsed, _ = parse_dataclasses([*kinds, RecipeArguments], argv, description, SleepTrainingArguments, prog)
+    *parsed, _ = parse_dataclasses(_fields_of(name), argv, description, SleepTrainingArguments, prog)
     return Recipe(name, *parsed)
+
+
+def check(argv: Sequence[str]) -> None:
+    """See that a command line names a recipe and only fields that it has, before processes are started for it.
+
+    Raises:
+        ValueError: as `parse`.
+    """
+    check_fields(_fields_of(_name(None, argv)), argv)
+
+
+def _fields_of(name: str) -> list[type]:
+    return [KINDS[name], ModelArguments, SleepArguments, TestArguments, SleepTrainingArguments, RecipeArguments]
 
 
 def _name(expected: str | None, argv: Sequence[str] | None) -> str:

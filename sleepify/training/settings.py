@@ -47,21 +47,46 @@ def parse_dataclasses(
         ValueError: for a field, in the YAML file or on the command line, that does not exist, or a value in the file of
             another type.
     """
+    parser = _parser_of(types, argv, description, many, prog)
+    *parsed, _, _ = parser.parse_args_into_dataclasses(
+        _arguments(argv), return_remaining_strings=True, look_for_args_file=False
+    )
+    return tuple(parsed)
+
+
+def check_fields(types: Sequence[Any], argv: Sequence[str] | None) -> None:
+    """See that all fields of a command line exist and are of their types, and make nothing of them, which may take
+    devices.
+
+    Args:
+        types, argv: as in `parse_dataclasses`.
+
+    Raises:
+        ValueError: as there.
+    """
+    _parser_of(types, argv)
+
+
+def _parser_of(
+    types: Sequence[Any],
+    argv: Sequence[str] | None,
+    description: str | None = None,
+    many: type | None = None,
+    prog: str | None = None,
+) -> _Parser:
+    """A parser that knows the fields, with those of the YAML file as defaults."""
     arguments = _arguments(argv)
     parser = _Parser(types, prog=prog, description=description, allow_abbrev=False, formatter_class=Formatter)
     parser.add_argument("--config", help="A YAML file of fields; it may also come first, without --config.")
     known = sorted({f.name for kind in types for f in fields(kind)})
     arrange(parser, types, many)
-    given, _ = parser.parse_known_args(arguments)
+    given, unknown = parser.parse_known_args(arguments)
     if given.config is not None:
         parser.set_defaults(**_fitted(given.config, load_config(given.config, known), types))
-    *parsed, _, unknown = parser.parse_args_into_dataclasses(
-        arguments, return_remaining_strings=True, look_for_args_file=False
-    )
     if unknown:
         name = unknown[0].removeprefix("--").split("=")[0]
         raise ValueError(f"unknown on the command line: {' '.join(unknown)}{suggest(name, known)}; see --help")
-    return tuple(parsed)
+    return parser
 
 
 def peek(name: str, argv: Sequence[str] | None) -> tuple[Any, str]:

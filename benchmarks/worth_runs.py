@@ -137,9 +137,11 @@ def is_done(setting: Setting, name: str, seed: int) -> bool:
 
 
 def words_of(options: Mapping[str, Any]) -> list[str]:
-    """Fields as a command line has them."""
+    """Fields as a command line has them; None for one that a setting leaves to the file after all."""
     words: list[str] = []
     for name, value in options.items():
+        if value is None:
+            continue
         text = json.dumps(value) if isinstance(value, dict) else value
         words += [f"--{name}", *map(str, text if isinstance(text, list | tuple) else [text])]
     return words

@@ -29,7 +29,7 @@ class Setting:
         config: YAML file of the fine-tuning.
         changes: of the task's fields, for base and arms.
         architecture: of the base's, where it is another than the YAML file's.
-        base_changes: of the pretraining alone.
+        base_changes: of the pretraining alone; None takes one of ``changes`` back.
         tuned_changes: of the fine-tuning alone.
         arms: names, those to run first before the others.
         seeds: to run.
@@ -99,6 +99,8 @@ def filled(
     level_steps: int = 200,
     steps: int = 1600,
     asked: float = inf,
+    architecture: Mapping[str, Any] | None = None,
+    base_changes: Mapping[str, Any] | None = None,
 ) -> Setting:
     """GSM-Infinite in texts that distractors fill up to a window and a little more: a row sleeps once, on most of it.
 
@@ -115,7 +117,7 @@ def filled(
         base_steps: of the pretraining.
         level_steps: until one more count of operations is open.
         steps: of the fine-tuning.
-        asked: as of a setting.
+        asked, architecture, base_changes: as of a setting.
     """
     tokens, lies = f"{lowest} to {lowest + 12} tokens", f"{window}: the first is evicted, the end of the text is not"
     text = GSM.format(tokens=f"{tokens} (distractors fill them up)", window=lies, every=level_steps, **names)
@@ -127,7 +129,8 @@ def filled(
         "gsm_inf_small.yaml",
         ("n4", "n1", "full"),
         changes={"target_tokens": (lowest, lowest + 12), **(changes or {})},
-        base_changes={"max_steps": base_steps, "operations": tuple(base_operations)},
+        architecture=architecture or {},
+        base_changes={"max_steps": base_steps, "operations": tuple(base_operations), **(base_changes or {})},
         # 64 rows a step.
         tuned_changes={
             "window_size": window,
@@ -296,6 +299,34 @@ SETTINGS: dict[str, Setting] = {
             level_steps=200,
             steps=1000,
             asked=8,
+        ),
+        filled(
+            "gsm_inf_near_first",
+            "everything asked about one place, the first layer near-sighted",
+            80,
+            92,
+            ", and then one about each other quantity that a sentence defines, distractors too, in random order; one "
+            "word tells quantities apart. The base's first layer attends to the latest 12 tokens alone, so that a "
+            "question's last token sees what is asked, and its texts have no distractors",
+            {"n_questions": 8, "questions_about": "text", "vocabulary": "trees", "size": (1, 5)},
+            operations=range(4, 10),
+            base_operations=(1, 4),
+            names={
+                "first": "four",
+                "last": "nine",
+                "names": "one place and up to five things",
+                "base": "four operations, and on texts of nothing but stated numbers",
+            },
+            base_steps=1000,
+            level_steps=150,
+            steps=1200,
+            architecture={
+                "use_sliding_window": True,
+                "sliding_window": 12,
+                "max_window_layers": 0,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            base_changes={"target_tokens": None},
         ),
         Setting(
             "hops8_ablations",

@@ -317,7 +317,7 @@ SETTINGS: dict[str, Setting] = {
                 "names": "one place and up to five things",
                 "base": "four operations, and on texts of nothing but stated numbers",
             },
-            base_steps=1000,
+            base_steps=600,
             level_steps=150,
             steps=1200,
             architecture={

@@ -323,23 +323,28 @@ def _grouped_part(
 
 
 def plot(setting: Setting, path: Path) -> None:
-    """Accuracy by difficulty, and the mean over all of them against processor time."""
+    """Accuracy by difficulty with the range of its seeds, and the mean over all against processor time."""
     found = {name: runs for name, runs in arms_of(setting).items() if ARMS[name].drawn}
     palette = colormaps["tab10" if len(found) <= 10 else "tab20"]
     figure = Figure(figsize=(11.0, 5.2), layout="constrained")
     by_difficulty, over_time = figure.subplots(1, 2)
     for number, (name, runs) in enumerate(found.items()):
         difficulties = runs[0].report.difficulties
-        spreads = [over_seeds(accuracies(runs, difficulty)) for difficulty in difficulties]
-        means, halves = [mean for mean, _ in spreads], [half or 0.0 for _, half in spreads]
+        seeds = [accuracies(runs, difficulty) for difficulty in difficulties]
+        means = [statistics.mean(each) for each in seeds]
+        # From the lowest seed to the highest: an interval of three that differ is wider than the figure.
+        reach = [[mean - min(each) for mean, each in zip(means, seeds, strict=True)],
+                 [max(each) - mean for mean, each in zip(means, seeds, strict=True)]]  # fmt: skip
         # Ours above the others, where they meet.
         style = {"linewidth": 2.2, "zorder": 4} if name == OURS else {"linewidth": 1.2, "zorder": 3}
         style |= {"marker": "o", "capsize": 2, "color": palette(number)}
-        by_difficulty.errorbar(difficulties, means, yerr=halves, label=ARMS[name].label, **style)
+        by_difficulty.errorbar(difficulties, means, yerr=reach, label=ARMS[name].label, **style)
         for run in runs:
             _curve(over_time, run, palette(number))
     name = next(iter(found.values()))[0].report.difficulty_name
-    by_difficulty.set(xlabel=name, ylabel="exact match", ylim=(-0.02, 1.02), xticks=difficulties)
+    by_difficulty.set(
+        xlabel=name, ylabel="exact match, mean and range of seeds", ylim=(-0.02, 1.02), xticks=difficulties
+    )
     over_time.set(xlabel="CPU seconds of training", ylabel="exact match, mean over all", ylim=(-0.02, 1.02))
     # Below both, where it hides no curve.
     figure.legend(*by_difficulty.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")

@@ -261,7 +261,7 @@ def _tokenised(
     if not share:
         return TextRows(rows), None, lengths
     if len(rows) == 1:
-        if share >= 1:
+        if share >= 1 and encoder.format == "text":
             raise DatasetError(
                 f"expected held_out to be a share below 1 of a single text, whose end it is, got {share:g} rows"
             )

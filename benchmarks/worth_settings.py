@@ -142,6 +142,37 @@ def filled(
     )
 
 
+def one_place(name: str, what: str, then: str, **options: Any) -> Setting:
+    """GSM-Infinite about one place, with everything asked that a sentence defines.
+
+    Args:
+        name, what: as of `filled`.
+        then: what else is to be said, a sentence.
+        options: further ones of `filled`.
+    """
+    asked = (
+        ", and then one about each other quantity that a sentence defines, distractors too, in random order; one word "
+        "tells quantities apart."
+    )
+    return filled(
+        name,
+        what,
+        80,
+        92,
+        asked + then,
+        {"n_questions": 8, "questions_about": "text", "vocabulary": "trees", "size": (1, 5)},
+        operations=range(4, 10),
+        base_operations=(1, 4),
+        names={
+            "first": "four",
+            "last": "nine",
+            "names": "one place and up to five things",
+            "base": "four operations, and on texts of nothing but stated numbers",
+        },
+        **options,
+    )
+
+
 SETTINGS: dict[str, Setting] = {
     setting.name: setting
     for setting in (
@@ -279,44 +310,20 @@ SETTINGS: dict[str, Setting] = {
             level_steps=250,
             steps=2400,
         ),
-        filled(
+        one_place(
             "gsm_inf_one_place",
             "everything asked about one place",
-            80,
-            92,
-            ", and then one about each other quantity that a sentence defines, distractors too, in random order; one "
-            "word tells quantities apart. Stopped when up to eight operations had been asked",
-            {"n_questions": 8, "questions_about": "text", "vocabulary": "trees", "size": (1, 5)},
-            operations=range(4, 10),
-            base_operations=(1, 4),
-            names={
-                "first": "four",
-                "last": "nine",
-                "names": "one place and up to five things",
-                "base": "four operations, and on texts of nothing but stated numbers",
-            },
+            " Stopped when up to eight operations had been asked",
             base_steps=1500,
             level_steps=200,
             steps=1000,
             asked=8,
         ),
-        filled(
+        one_place(
             "gsm_inf_near_first",
             "everything asked about one place, the first layer near-sighted",
-            80,
-            92,
-            ", and then one about each other quantity that a sentence defines, distractors too, in random order; one "
-            "word tells quantities apart. The base's first layer attends to the latest 12 tokens alone, so that a "
-            "question's last token sees what is asked, and its texts have no distractors",
-            {"n_questions": 8, "questions_about": "text", "vocabulary": "trees", "size": (1, 5)},
-            operations=range(4, 10),
-            base_operations=(1, 4),
-            names={
-                "first": "four",
-                "last": "nine",
-                "names": "one place and up to five things",
-                "base": "four operations, and on texts of nothing but stated numbers",
-            },
+            " The base's first layer attends to the latest 12 tokens alone, so that a question's last token sees what "
+            "is asked, and its texts have no distractors",
             base_steps=600,
             level_steps=150,
             steps=1200,

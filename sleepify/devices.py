@@ -21,7 +21,7 @@ def device_of(name: str | None = None) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     # A name that there is not, a driver that is not there, a PyTorch that was built without it.
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         has = f"cpu and {found.type}" if found else "cpu alone"
         raise ValueError(f"expected a device that PyTorch has here ({has}), got {name!r}: {reason}") from error

@@ -8,6 +8,7 @@ import runpy
 import sys
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -208,15 +209,19 @@ def test_held_out_rows_are_not_trained_on_and_similar_lengths_come_together(tmp_
     assert sum(spread) / len(spread) < 5
 
 
+def order(rows, size, seed=0, epoch=None):
+    settings = {"train_batch_size": size, "gradient_accumulation_steps": 1, "length_column_name": "length"}
+    return list(SeededByLength(rows, SimpleNamespace(**settings, seed=seed, data_seed=None), lambda: epoch))
+
+
 def grouped(rows, size):
-    lengths = [rows.lengths[i] for i in SeededByLength(rows.lengths, size, 0, lambda: None)]
+    lengths = [rows.lengths[i] for i in order(rows, size)]
     return [lengths[i : i + size] for i in range(0, len(lengths), size)]
 
 
 @pytest.mark.parametrize("kind", ["ours", "datasets", "list"])
 def test_an_epoch_has_its_own_order_which_a_resumed_run_finds_again(tmp_path, kind):
     rows = load(write(tmp_path / "data.jsonl", [{"text": "AB" * (n % 5 + 2)} for n in range(12)])).train
-    lengths = rows.lengths
     if kind != "ours":
         rows = [rows[index] for index in range(12)]
     if kind == "datasets":
@@ -242,12 +247,13 @@ def test_an_epoch_has_its_own_order_which_a_resumed_run_finds_again(tmp_path, ki
     def told(run):
         return [line["loss"] for line in run.state.log_history if "loss" in line]
 
-    first, orders = trainer(10), []
+    first = trainer(10)
     first.train()
-    for epoch in (None, 1.0, 0.5):
-        orders.append(list(SeededByLength(lengths, 2, 0, lambda epoch=epoch: epoch)))
+    orders = [order(rows, 2, epoch=epoch) for epoch in (None, 1.0, 0.5)]
     assert orders[0] == orders[2] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == list(range(12))
-    assert list(SeededByLength(lengths, 2, 1, lambda: 0.5)) != orders[2]
+    assert order(rows, 2, seed=1) != orders[2]
+    with pytest.raises(ValueError, match="'input_ids' key"):
+        order([{"text": "A"}], 2)
     # Within the second epoch of six steps.
     second = trainer(10)
     second.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-8"))

@@ -62,33 +62,27 @@ class SeededByLength(LengthGroupedSampler):
     reads the rows that are left of it.
 
     Args:
-        lengths: of all rows, in tokens.
-        batch_size: rows among which those of similar length come together.
-        seed: of the order.
+        dataset: whose rows they are. Their lengths are its column ``length_column_name`` or its attribute ``lengths``,
+            else those of ``input_ids``.
+        args: of the run.
         epoch: how many have gone by, or a part of one; None for none.
+
+    Raises:
+        ValueError: for rows that have no length.
     """
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int, epoch: Callable[[], float | None]) -> None:
-        super().__init__(batch_size, lengths=lengths)
-        self.seed, self.epoch = seed, epoch
+    def __init__(self, dataset: Any, args: TrainingArguments, epoch: Callable[[], float | None]) -> None:
+        rows = args.train_batch_size * args.gradient_accumulation_steps
+        columns = getattr(dataset, "column_names", None) or ()
+        named = args.length_column_name in columns
+        lengths = dataset[args.length_column_name] if named else getattr(dataset, "lengths", None)
+        super().__init__(rows, dataset=dataset, lengths=None if lengths is None else list(lengths))
+        self.seed = args.seed if args.data_seed is None else args.data_seed
+        self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
         drawn = torch.Generator().manual_seed(Random(f"{self.seed}/{int(self.epoch() or 0)}").getrandbits(63))
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=drawn))
-
-    @classmethod
-    def of(cls, dataset: Any, args: TrainingArguments, epoch: Callable[[], float | None]) -> SeededByLength | None:
-        """That of a run, if it is asked for and rows have lengths: a dataset's column or attribute, else its
-        ``input_ids``."""
-        if args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "__len__"):
-            return None
-        columns = getattr(dataset, "column_names", None) or ()
-        lengths = dataset[args.length_column_name] if args.length_column_name in columns else None
-        if lengths is None and (lengths := getattr(dataset, "lengths", None)) is None:
-            lengths = [len(row["input_ids"]) for row in dataset]
-        seed = args.seed if args.data_seed is None else args.data_seed
-        rows = args.train_batch_size * args.gradient_accumulation_steps
-        return cls(list(lengths), rows, seed, epoch)
 
 
 class SleepCollator:

@@ -134,9 +134,10 @@ def pretrained_config(arguments: ModelArguments) -> Any:
     Raises:
         ValueError, OSError: if there is none, or a field to change is misspelt.
     """
-    name, revision, changes = str(arguments.model), arguments.model_revision, arguments.model_config or {}
+    name, revision = str(arguments.model), arguments.model_revision
     config = AutoConfig.from_pretrained(name, revision=revision)
-    if not isinstance(changes, dict) or not changes:
+    changes: Any = arguments.model_config
+    if not changes:
         return config
     _check_fields("model_config", config, changes)
     return AutoConfig.from_pretrained(name, revision=revision, **changes)

@@ -132,8 +132,9 @@ class SleepTrainer(SleepPushes):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if isinstance(dataset, TaskDataset):
             return SequentialSampler(dataset)
-        sampler = SeededByLength.of(dataset, self.args, lambda: self.state.epoch)
-        return sampler or super()._get_train_sampler(train_dataset)
+        if self.args.train_sampling_strategy == "group_by_length" and hasattr(dataset, "__len__"):
+            return SeededByLength(dataset, self.args, lambda: self.state.epoch)
+        return super()._get_train_sampler(train_dataset)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """See `build_optimizer`, and under DeepSpeed `build_zero_optimizer`."""

@@ -145,6 +145,9 @@ def test_command_line_goes_before_file_and_file_before_what_it_extends(tmp_path:
     assert (recipe.sleep.n_loops, recipe.task.width, recipe.task.steps, recipe.sleep.window_size) == (5, 9, [1, 2], 8)
     assert recipe.model.architecture["hidden_size"] == 16 and recipe.model.architecture["num_hidden_layers"] == 2
     assert recipe.training.muon_learning_rate == 1e-3
+    assert recipe.training.resume_from_checkpoint is None
+    for word, meant in {"true": True, "False": None, "latest": "latest"}.items():
+        assert parse("rule110", [str(child), "--resume_from_checkpoint", word]).training.resume_from_checkpoint == meant
     whole = parse("rule110", [str(child), "--architecture", '{"model_type": "qwen3"}', "--no_sleep"])
     assert whole.model.architecture == {"model_type": "qwen3"} and not whole.sleep.sleep
 
@@ -519,6 +522,7 @@ def test_lora_trains_inserted_layers_whole_and_folds_into_a_loadable_model(
     out = recipe_in_process(
         architecture=None, model=str(base), tokenizer="words", loop_range=None, fast_weights_num_layers=1, lora_r=4
     )
+    assert json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))["lora_alpha"] == 8
     before = dict(AutoModelForCausalLM.from_pretrained(base).named_parameters())
     merged = AutoModelForCausalLM.from_pretrained(out / "merged")
     moved = {

@@ -4,7 +4,7 @@
 #     sbatch recipes/accelerate/slurm.sh fsdp2_two_nodes recipes/sft.py recipes/configs/sft_tiny.yaml [--field value ...]
 #
 # One launcher per machine; each is told which machine it is and where the first one listens. A job that is stopped goes
-# on from its last checkpoint when it is submitted again with --resume_from_checkpoint true.
+# on from its last checkpoint when it is submitted again with --resume_from_checkpoint latest.
 #SBATCH --job-name=sleepify
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

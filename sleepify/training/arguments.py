@@ -79,7 +79,7 @@ class SleepTrainingArguments(ObjectiveArguments, TrainingArguments):
         default=None,
         metadata={
             "help": "A checkpoint-<step> folder of this run, or 'latest' for the newest in output_dir; where there is "
-            "none yet, a new run begins."
+            "none yet, a new run begins ('true': an error)."
         },
     )
     include_num_input_tokens_seen: str | bool = field(
@@ -89,6 +89,9 @@ class SleepTrainingArguments(ObjectiveArguments, TrainingArguments):
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"expected optimizer to be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
+        # A command line knows words alone; the Trainer's own word for "the latest, or an error" is a truth value.
+        resume: Any = self.resume_from_checkpoint
+        self.resume_from_checkpoint = {"true": True, "false": None}.get(str(resume).lower(), resume)
         self.check_objectives()
         self.settle_optimizer()
         # transformers' own must be a name that it knows while it looks; afterwards None again, as it was given.

@@ -60,7 +60,7 @@ class ModelArguments:
     lora_r: int = field(
         default=0, metadata={"help": "Rank of LoRA on a frozen base, trained together with what is inserted; 0: none."}
     )
-    lora_alpha: float = field(default=32.0, metadata={"help": "Scale of LoRA, over its rank."})
+    lora_alpha: float | None = field(default=None, metadata={"help": "Scale of LoRA, over its rank; by default 2 r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before LoRA."})
     lora_targets: list[str] | None = field(
         default=None, metadata={"help": "Names of the base's linear layers to adapt; by default all but its head."}
@@ -169,7 +169,8 @@ def add_lora(model: PreTrainedModel, arguments: ModelArguments) -> Any:
     """LoRA on the base, frozen; inserted layers are trained whole and saved beside the adapters."""
     import peft
 
-    chosen: dict[str, Any] = {"lora_alpha": arguments.lora_alpha, "lora_dropout": arguments.lora_dropout}
+    alpha = 2 * arguments.lora_r if arguments.lora_alpha is None else arguments.lora_alpha
+    chosen: dict[str, Any] = {"lora_alpha": alpha, "lora_dropout": arguments.lora_dropout}
     if arguments.lora_targets:
         chosen["target_modules"] = arguments.lora_targets
     if not isinstance(model.config, SleepConfig):

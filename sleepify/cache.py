@@ -328,14 +328,14 @@ class SleepCache(Cache):
         """Move to a device. The state stays in float32: 16 bits round away what was written.
 
         Raises:
-            ValueError: if a ``dtype`` narrower than float32 is asked for.
+            ValueError: if another ``dtype`` than float32 is asked for.
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
-        if dtype is not None and torch.promote_types(dtype, torch.float32) != dtype:
+        if dtype not in (None, torch.float32):
             raise ValueError(
-                f"expected a state of float32 or wider, got {dtype}: 16 bits round away what sleep wrote; "
-                "leave the state as it is, the model may still be half precision"
+                f"expected a state of float32, got {dtype}: 16 bits round away what sleep wrote, and a wider one is "
+                "made by a model that is in float64; leave the state as it is, the model may still be half precision"
             )
 
         if self.now is not None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,16 +15,16 @@ from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import CONFIG_NAME
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
 from sleepify import manifest
 from sleepify.card import CARD, read_results, write_card
-from sleepify.config import SleepConfig
+from sleepify.config import IMPLEMENTATIONS, SleepConfig
 from sleepify.errors import CheckpointError
 from sleepify.files import discard, draft_of, read_tensors
-from sleepify.fingerprint import fingerprint
+from sleepify.fingerprint import check_same, check_unchanged
 from sleepify.loader import write_loader
 from sleepify.peft import check_complete
 from sleepify.settings import SETTINGS
@@ -82,7 +81,8 @@ class SleepCheckpoint(PreTrainedModel):
 
         Raises:
             CheckpointError: with ``fast_weights_only``, for a base that is no longer what it was.
-            ValueError: for a file in the place of the directory; with ``fast_weights_only``, for no inserted layers.
+            ValueError: for a file in the place of the directory, or weights in it that would be lost, of a base or of
+                another ``variant``; with ``fast_weights_only``, for no inserted layers.
         """
         directory = Path(save_directory)
         # Names as the modules have them: trainers resume by `load_state_dict`, which knows no others.
@@ -90,6 +90,7 @@ class SleepCheckpoint(PreTrainedModel):
         hub = {name: kwargs.pop(name) for name in _PUSH - {"max_shard_size"} if name in kwargs}
         if directory.is_file():
             raise ValueError(f"expected a directory to save to, got the file {directory}")
+        manifest.check_room(directory, fast_weights_only, kwargs.get("variant"))
         writes = is_main_process and _rank() == 0
         if self._hf_peft_config_loaded:
             return self._save_adapter(directory, writes, state_dict, fast_weights_only, push_to_hub, kwargs)
@@ -160,12 +161,7 @@ class SleepCheckpoint(PreTrainedModel):
     def _check_savable_alone(self) -> None:
         if not len(self.fast_weights):
             raise ValueError("expected inserted layers to save alone, got a model without any; save it whole")
-        now, then = fingerprint(self.language_model), self.config.base_fingerprint
-        if now != then:
-            raise CheckpointError(
-                f"expected the base to be as it was when sleep was added (fingerprint {then}), got {now}: it was "
-                "trained or resized since; save the whole model, without fast_weights_only"
-            )
+        check_unchanged(self.language_model, self.config.base_fingerprint)
 
     def _save_alone(self, draft: Path, state_dict: dict[str, Tensor]) -> None:
         own = {name: tensor.detach().cpu() for name, tensor in state_dict.items() if name.startswith("fast_weights.")}
@@ -174,6 +170,8 @@ class SleepCheckpoint(PreTrainedModel):
         config.fast_weights_only, config.dtype = True, self.dtype
         config.architectures = [type(self).__name__]
         config.save_pretrained(draft)
+        if self.generation_config is not None:
+            self.generation_config.save_pretrained(draft)
 
     def push_to_hub(  # type: ignore[override]
         self, repo_id: str, fast_weights_only: bool = False, **kwargs: Any
@@ -193,6 +191,8 @@ class SleepCheckpoint(PreTrainedModel):
             saving = {"max_shard_size": kwargs["max_shard_size"]} if "max_shard_size" in kwargs else {}
             self.save_pretrained(folder, fast_weights_only=fast_weights_only, **saving)
             repo = api.create_repo(repo_id, private=kwargs.get("private"), exist_ok=True).repo_id
+            if fast_weights_only and repo == self.config.base_model_name_or_path:
+                raise ValueError(f"expected a repository of its own for inserted weights, got {repo}, their base's")
             if revision not in (None, "main"):
                 api.create_branch(repo, branch=revision, exist_ok=True)
             results = read_results(Path(self.name_or_path)) if self.name_or_path else {}
@@ -284,7 +284,7 @@ class SleepCheckpoint(PreTrainedModel):
             changed = {setting: kwargs.pop(setting) for setting in SETTINGS if setting in kwargs}
             config = SleepConfig.from_pretrained(name if config is None else config, **hub, **changed)
         if name is not None:
-            _check(name, config, hub, verify)
+            manifest.check_with(config, name, hub, verify)
         if config.fast_weights_only:
             if config.base_model_name_or_path is None:
                 raise CheckpointError(
@@ -292,6 +292,9 @@ class SleepCheckpoint(PreTrainedModel):
                     "hand the base over: sleepify(base, fast_weights=path)"
                 )
             loading = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
+            # transformers' Auto classes put these into the configuration.
+            for kind in IMPLEMENTATIONS:
+                loading.setdefault(kind, getattr(config, f"_{kind}"))
             base = AutoModelForCausalLM.from_pretrained(
                 config.base_model_name_or_path, revision=config.base_model_revision or "main", **loading
             )
@@ -343,7 +346,7 @@ class SleepCheckpoint(PreTrainedModel):
             CheckpointError: for another base (naming both fingerprints), damaged files, or an edited ``config.json``.
         """
         config = SleepConfig.from_pretrained(name)
-        _check(name, config, {}, verify=True)
+        manifest.check_with(config, name, {}, verify=True)
         if not config.fast_weights_only:
             raise CheckpointError(
                 f"expected {name} to hold inserted weights alone, found a whole model; load it with from_pretrained"
@@ -357,18 +360,17 @@ class SleepCheckpoint(PreTrainedModel):
     def _join(
         cls: type[Model], base: PreTrainedModel, config: SleepConfig, name: str | os.PathLike, hub: dict[str, Any]
     ) -> Model:
-        found = fingerprint(base)
-        if found is not None and found != config.base_fingerprint:
-            raise CheckpointError(
-                f"expected the base with fingerprint {config.base_fingerprint} "
-                f"({config.base_model_name_or_path or 'built in memory'}), got one with {found}; load the base that "
-                f"{name} was trained on"
-            )
+        check_same(base, config.base_fingerprint, config.base_model_name_or_path, name)
         file: Any = cached_file(name, WEIGHTS, **hub)
         tensors, _ = read_tensors(file)
         config.text_config = base.config
+        for kind in IMPLEMENTATIONS:
+            setattr(config, f"_{kind}_internal", getattr(base.config, f"_{kind}"))
         config.fast_weights_only = False
         model = cls.from_base(config, base)
+        # Saves of before have none, and take the base's.
+        if cached_file(name, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub):
+            model.generation_config = GenerationConfig.from_pretrained(name, **hub)
         expected = {f"fast_weights.{key}": value.shape for key, value in model.fast_weights.state_dict().items()}
         if expected != {key: value.shape for key, value in tensors.items()}:
             differing = sorted(expected.items() ^ {key: value.shape for key, value in tensors.items()}.items())
@@ -377,22 +379,6 @@ class SleepCheckpoint(PreTrainedModel):
             )
         model.fast_weights.load_state_dict({key.removeprefix("fast_weights."): value for key, value in tensors.items()})
         return model
-
-
-def _check(name: str | os.PathLike, config: SleepConfig, hub: dict[str, Any], verify: bool) -> None:
-    """Check the files, and that ``config``, wherever it comes from, has the inserted layers that were trained."""
-    saved = manifest.check(name, hub, digests=verify)
-    if saved is None:
-        warnings.warn(
-            f"{name} has no {manifest.MANIFEST}: it was saved before there were any, or not all of it was fetched. "
-            "Damage to it would not be noticed; save it again to have it checked",
-            stacklevel=3,
-        )
-    elif config.fast_weights != saved.fast_weights:
-        raise CheckpointError(
-            f"expected the inserted layers that {name} was trained with, {saved.fast_weights}, got "
-            f"{config.fast_weights}; change only how it sleeps (n_loops, window_size, eviction...)"
-        )
 
 
 def _rank() -> int:

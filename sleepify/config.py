@@ -12,6 +12,13 @@ from sleepify.loader import AUTO_MAP
 from sleepify.settings import Settings
 
 RULES = ("gdn", "jet", "mamba2")
+IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
+"""Keywords of ``from_pretrained`` that transformers puts into a configuration, behind an underscore."""
+
+_INCIDENTAL = {
+    *("dtype", "torch_dtype", "architectures", "transformers_version", "_name_or_path", "use_cache"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "router_aux_loss_coef", "output_router_logits"),
+}
 
 
 @dataclass
@@ -146,7 +153,7 @@ class SleepConfig(Settings, PreTrainedConfig):
         if isinstance(self.fast_weights, dict):
             self.fast_weights = FastWeightConfig.from_dict(self.fast_weights)
         # transformers hands these down to the nested configuration, also when they are not given: keep the base's own.
-        for name in ("attn_implementation", "experts_implementation"):
+        for name in IMPLEMENTATIONS:
             kwargs.setdefault(name, getattr(self.text_config, f"_{name}", None))
         kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
@@ -172,6 +179,18 @@ class SleepConfig(Settings, PreTrainedConfig):
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type = "AutoConfig") -> None:
         """What transformers calls for a class from a checkpoint's file; of this one it shall copy nothing."""
+
+
+def essential(base: dict[str, Any]) -> dict[str, Any]:
+    """What of a base's configuration says what its weights compute.
+
+    Trainers write their tokenizer's special tokens into it, and what acts in training alone may be changed for it.
+    """
+    return {
+        name: value
+        for name, value in base.items()
+        if name not in _INCIDENTAL and not any(mark in name for mark in ("dropout", "pdrop"))
+    }
 
 
 def _logit_scale(base: Any) -> float | None:

@@ -134,7 +134,10 @@ class SleepGeneration(GenerationMixin):
                 f"expected num_beams=1 with a SleepCache, got {generation_config.num_beams}: a session goes on with "
                 "one text a row, and would be left in the middle of several; leave past_key_values out"
             )
-        if given is None and generation_config.use_cache is not False:
+        if given is not None:
+            # Trained checkpoints often say that there is none; a session that was handed over is one.
+            generation_config.use_cache = True
+        elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = SleepCache(fixed_shapes=kind == "static")
 
     def _prefill(

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import warnings
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -16,22 +18,22 @@ from typing import Any
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file
 
-from sleepify.config import SleepConfig
+from sleepify.config import SleepConfig, essential
 from sleepify.errors import CheckpointError
 from sleepify.files import digests_of, discard, written_beside
 
 MANIFEST = "sleep_manifest.json"
 _VERSION = 1
 _DRAFT = ".draft"
+# What transformers, its distributed checkpoints and we write and load: whole or in parts, with an index, of a variant.
+_WEIGHTS = re.compile(
+    r"(model|fast_weights|shard-[\w-]+)(\.(?P<variant>[^.]+?))?(-\d+-of-\d+)?\.safetensors"
+    r"(\.index(\.(?P<of>[^.]+))?\.json)?"
+)
 # Fields of config.json that belong to the weights. The others say how the model sleeps, and may be edited.
 _TRAINED_WITH = (
     "model_type", "text_config", "fast_weights", "fast_weights_only", "base_fingerprint", "tie_word_embeddings",
 )  # fmt: skip
-# Fields of the base's configuration that do not change what its weights compute.
-_INCIDENTAL = {
-    "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "pad_token_id", "torch_dtype",
-    "transformers_version", "use_cache",
-}  # fmt: skip
 
 
 def is_weights(name: str) -> bool:
@@ -39,10 +41,37 @@ def is_weights(name: str) -> bool:
 
     Only these have digests. The loader file is no matter of trust in them: who lets it run has run it before.
     """
-    return ".safetensors" in name and name.startswith(("model", "shard-", "fast_weights"))
+    return _WEIGHTS.fullmatch(name) is not None
 
 
 # --- saving ---
+
+
+def check_room(directory: Path, alone: bool, variant: str | None) -> None:
+    """See that a save to ``directory`` takes the place of nothing but an earlier save of the same kind.
+
+    Args:
+        directory: where to.
+        alone: whether it is of inserted weights, which need their base elsewhere.
+        variant: as in ``save_pretrained``.
+
+    Raises:
+        ValueError: for weights of a base, or of another variant, that would be lost.
+    """
+    if not directory.is_dir():
+        return
+    found = {path.name: match for path in directory.iterdir() if (match := _WEIGHTS.fullmatch(path.name))}
+    whole = sorted(name for name in found if not name.startswith("fast_weights"))
+    if alone and whole and not (directory / MANIFEST).is_file():
+        raise ValueError(
+            f"expected a directory of its own for inserted weights, got {directory} with {whole} in it, which would be "
+            "lost; save to another, or the whole model"
+        )
+    if others := sorted(name for name, match in found.items() if (match["variant"] or match["of"]) != variant):
+        raise ValueError(
+            f"expected a directory without weights of another variant, got {directory} with {others} in it; save "
+            f"variant={variant!r} to another, or take them away: files that were not saved together do not load"
+        )
 
 
 def draft_in(directory: Path) -> Path:
@@ -161,6 +190,22 @@ def check(name: str | os.PathLike, hub: dict[str, Any] | None = None, *, digests
     return _from_json(manifest["config"])
 
 
+def check_with(config: SleepConfig, name: str | os.PathLike, hub: dict[str, Any], verify: bool) -> None:
+    """Check the files, and that ``config``, wherever it comes from, has the inserted layers that were trained."""
+    saved = check(name, hub, digests=verify)
+    if saved is None:
+        warnings.warn(
+            f"{name} has no {MANIFEST}: it was saved before there were any, or not all of it was fetched. "
+            "Damage to it would not be noticed; save it again to have it checked",
+            stacklevel=3,
+        )
+    elif config.fast_weights != saved.fast_weights:
+        raise CheckpointError(
+            f"expected the inserted layers that {name} was trained with, {saved.fast_weights}, got "
+            f"{config.fast_weights}; change only how it sleeps (n_loops, window_size, eviction...)"
+        )
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -229,7 +274,7 @@ def _trained_with(config: dict[str, Any]) -> dict[str, Any]:
     """As this version reads them, so that a default that it writes out is no change."""
     read = _from_json(config).to_dict()
     kept = {key: read.get(key) for key in _TRAINED_WITH} | {"model_type": config.get("model_type")}
-    kept["text_config"] = {key: value for key, value in (kept["text_config"] or {}).items() if key not in _INCIDENTAL}
+    kept["text_config"] = essential(kept["text_config"] or {})
     # Through JSON, where tuples are lists.
     return dict(json.loads(json.dumps(kept, default=str)))
 

@@ -18,7 +18,7 @@ from sleepify import sleep as algorithm
 from sleepify.backbone import Backbone
 from sleepify.cache import SleepCache
 from sleepify.checkpoints import SleepCheckpoint
-from sleepify.config import SleepConfig
+from sleepify.config import SleepConfig, essential
 from sleepify.defaults import LiveSettings, resolve
 from sleepify.fast_weights import LAYERS, FastWeightLayer
 from sleepify.generation import SleepGeneration
@@ -36,12 +36,6 @@ from sleepify.rows import NO_COLUMNS, Rows
 from sleepify.schedule import schedule
 from sleepify.settings import Adaptive, Loops, Settings, check_positive, with_loops
 from sleepify.snapshot import Snapshot
-
-# What of the base's configuration makes no other session. Trainers write their tokenizer's special tokens into it.
-_INCIDENTAL = {
-    *("dtype", "torch_dtype", "architectures", "transformers_version", "_name_or_path", "use_cache"),
-    *("bos_token_id", "eos_token_id", "pad_token_id"),
-}
 
 # Whole numbers, of which there is nothing to compile; torch fails where it tries.
 _planned, _taken_in = torch.compiler.disable(schedule), torch.compiler.disable(Rows.of)
@@ -110,8 +104,9 @@ class SleepForCausalLM(
         self.branch: algorithm.Branch | None = None
         self.objective: Objective = cross_entropy
         self.logits_in_training = False
-        # What a saved session must agree with, wherever and in whatever precision the model was loaded.
-        base = {name: value for name, value in config.text_config.to_dict().items() if name not in _INCIDENTAL}
+        # What a saved session must agree with, wherever and in whatever precision the model was loaded; a vocabulary
+        # may grow.
+        base = essential(config.text_config.to_dict()) | {"vocab_size": None}
         described = [base, config.fast_weights.to_dict(), config.base_fingerprint]
         self._identity = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:12]
         self._idle = [parameter for parameter in self.blocks.idle_parameters() if parameter.requires_grad]
@@ -142,7 +137,9 @@ class SleepForCausalLM(
     def host_of(self, settings: Settings) -> Host:
         """`blocks` for these settings."""
         window = settings.window_size if settings.sliding else None
-        made_of = (id(self.language_model), *map(id, self.fast_weights), settings.loop_range, window)
+        decoder: Any = getattr(self.language_model, self.language_model.base_model_prefix)
+        parts = (self.language_model, decoder, decoder.layers, *self.fast_weights)
+        made_of = (*map(id, parts), settings.loop_range, window)
         known, host = self._host
         if host is None or known != made_of:
             layers = dict(zip(self._settings.inserted.layers or [], self.fast_weights, strict=True))
@@ -155,6 +152,14 @@ class SleepForCausalLM(
         """The model without its head, for trainers that apply the head themselves."""
         parts = {"language_model": self.language_model, "fast_weights": self.fast_weights}
         return Backbone(parts, self.config, self._read, lambda: self.blocks.layers)
+
+    @property
+    def device(self) -> torch.device:
+        """Where ids go. Weights that accelerate offloads are nowhere between calls; its hooks say where they go."""
+        found: torch.device = super().device
+        hooks = (getattr(module, "_hf_hook", None) for module in self.modules()) if found.type == "meta" else ()
+        where = (getattr(hook, "execution_device", None) for hook in hooks)
+        return next((torch.device(each) for each in where if each is not None), found)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()

@@ -146,9 +146,13 @@ class Snapshot:
         return whole, [places for _, places in reread]
 
     def from_start(self) -> Snapshot:
-        """Where stale rows have read nothing of their open window, and nothing is pending: `first` is read next."""
+        """Where stale rows have read nothing of their open window, and nothing is pending: `first` is read next.
+
+        What was pending has its columns, which came with no call.
+        """
+        columns = self.columns + max(map(len, self.pending), default=0)
         if not any(self.stale):
-            return replace(self, pending=()) if self.pending else self
+            return replace(self, pending=(), columns=columns) if self.pending else self
         back = [length if stale else 0 for length, stale in zip(self.open_lengths, self.stale, strict=True)]
         return replace(
             self,
@@ -157,6 +161,7 @@ class Snapshot:
             stale=(False,) * self.batch_size,
             ephemeral=tuple(() if stale else own for own, stale in zip(self.ephemeral, self.stale, strict=True)),
             pending=(),
+            columns=columns,
         )
 
     def rewind(self, counts: Sequence[int]) -> Snapshot:

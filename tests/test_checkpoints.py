@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -14,6 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sleepify import CheckpointError, SleepConfig, SleepForCausalLM, checkpoints, sleepify
 from sleepify.fingerprint import fingerprint
+
+ALONE = {
+    *("config.json", "generation_config.json", "fast_weights.safetensors"),
+    *("README.md", "sleep_manifest.json", "modeling_sleepify.py"),
+}
 
 
 @pytest.fixture
@@ -93,9 +99,7 @@ def test_inserted_weights_alone_find_their_base(base_dir, tmp_path):
     model = sleeping(AutoModelForCausalLM.from_pretrained(base_dir))
     model.save_pretrained(tmp_path / "small", fast_weights_only=True)
     files = {path.name for path in (tmp_path / "small").iterdir()}
-    assert files == {
-        *("config.json", "fast_weights.safetensors", "README.md", "sleep_manifest.json", "modeling_sleepify.py")
-    }
+    assert files == ALONE
     config = json.loads((tmp_path / "small" / "config.json").read_text())
     assert config["model_type"] == "sleepify" and config["base_model_name_or_path"] == str(base_dir)
     assert len(config["base_fingerprint"]) == 64 and "pip install sleepify" in config["requires"]
@@ -110,9 +114,50 @@ def test_inserted_weights_alone_find_their_base(base_dir, tmp_path):
         assert torch.equal(logits(again), expected)
     other = sleepify(AutoModelForCausalLM.from_pretrained(base_dir), fast_weights=str(tmp_path / "small"), n_loops=1)
     assert other.config.n_loops == 1 and not torch.equal(logits(other), expected)
-    # A base in half precision is the same base.
+    # A base in half precision is the same base; float16 rounds otherwise, and says so.
     half = SleepForCausalLM.from_pretrained(tmp_path / "small", dtype=torch.bfloat16)
     assert (half.dtype, half.fast_weights[0].o_proj.weight.dtype) == (torch.bfloat16, torch.float32)
+    with pytest.raises(CheckpointError, match=r"load it in torch\.bfloat16 or torch\.float32 and cast afterwards"):
+        SleepForCausalLM.from_pretrained(tmp_path / "small", dtype=torch.float16)
+
+
+def test_inserted_weights_alone_bring_how_to_generate_and_take_an_attention(base_dir, tmp_path):
+    model = sleeping(AutoModelForCausalLM.from_pretrained(base_dir))
+    model.generation_config.eos_token_id, model.generation_config.max_new_tokens = [2, 3], 6
+    model.save_pretrained(tmp_path / "small", fast_weights_only=True)
+    for loader in (SleepForCausalLM, AutoModelForCausalLM):
+        again = loader.from_pretrained(tmp_path / "small", attn_implementation="eager")
+        own = again.generation_config
+        assert (own.eos_token_id, own.max_new_tokens) == ([2, 3], 6)
+        parts = (again.config, again.language_model.config)
+        assert [part._attn_implementation for part in parts] == ["eager", "eager"]
+    # What was saved before, without it.
+    (tmp_path / "small" / "generation_config.json").unlink()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert again.generation_config.eos_token_id == AutoModelForCausalLM.from_pretrained(base_dir).config.eos_token_id
+
+
+def test_a_save_takes_the_place_of_nothing_else(base_dir, tmp_path):
+    """The base that inserted weights need, another variant, a copy of the user's."""
+    model = sleepify(str(base_dir), n_loops=2, window_size=5)
+    with pytest.raises(ValueError, match=r"directory of its own .* \['model.safetensors'\] in it, which would be lost"):
+        model.save_pretrained(base_dir, fast_weights_only=True)
+    assert not isinstance(AutoModelForCausalLM.from_pretrained(base_dir), SleepForCausalLM)
+    kept = tmp_path / "whole" / "model-best-so-far.safetensors"
+    model.save_pretrained(tmp_path / "whole")
+    shutil.copy(kept.with_name("model.safetensors"), kept)
+    model.save_pretrained(tmp_path / "whole")
+    assert kept.is_file() and torch.equal(logits(AutoModelForCausalLM.from_pretrained(kept.parent)), logits(model))
+    with pytest.raises(ValueError, match=r"weights of another variant, .* \['model.safetensors'\] in it"):
+        model.save_pretrained(kept.parent, variant="fp16")
+    model.save_pretrained(tmp_path / "variant", variant="fp16", max_shard_size=20_000)
+    names = {path.name for path in (tmp_path / "variant").glob("model*.safetensors")}
+    assert len(names) > 1 and all(name.startswith("model.fp16-0000") for name in names)
+    model.save_pretrained(tmp_path / "variant", variant="fp16")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "variant", variant="fp16")
+    assert torch.equal(logits(again), logits(model))
+    with pytest.raises(ValueError, match="weights of another variant"):
+        model.save_pretrained(tmp_path / "variant")
 
 
 def test_a_wrong_base_is_refused_with_both_fingerprints(base_dir, tmp_path):
@@ -260,12 +305,13 @@ def test_push_to_hub_uploads_what_save_writes(base_dir, monkeypatch):
     monkeypatch.setattr(checkpoints, "HfApi", Api)
     model = sleeping(AutoModelForCausalLM.from_pretrained(base_dir))
     assert model.push_to_hub("ouro-sleep", fast_weights_only=True, token="t", revision="main") == "commit"
-    assert calls["files"] == {
-        *("config.json", "fast_weights.safetensors", "README.md", "sleep_manifest.json", "modeling_sleepify.py")
-    }
+    assert calls["files"] == ALONE
     assert calls["repo"] == "me/ouro-sleep"
     # Weights that lie there and would be found in the place of these.
     assert {"model*.safetensors", "fast_weights.safetensors"} <= set(calls["delete_patterns"])
     assert calls["token"] == "t" and calls["revision"] == "main" and "inserted layers alone" in calls["card"]
     with pytest.raises(TypeError, match="unknown"):
         model.push_to_hub("x", privat=True)
+    model.config.base_model_name_or_path = "me/base"
+    with pytest.raises(ValueError, match="a repository of its own for inserted weights, got me/base"):
+        model.push_to_hub("base", fast_weights_only=True)

@@ -387,6 +387,19 @@ def test_copies_and_pickles_are_models_of_their_own():
     assert torch.equal(pickle.loads(pickle.dumps(model))(ids).logits, expected)
 
 
+@pytest.mark.parametrize("part", ["layers", "model"])
+def test_parts_of_the_base_may_be_changed_for_others(part):
+    model, ids = sleeping(), tokens(1, 12)
+    before = model(ids).logits
+    holder = model.language_model.model if part == "layers" else model.language_model
+    other = copy.deepcopy(getattr(holder, part))
+    for parameter in other.parameters():
+        parameter.data.mul_(1.2)
+    setattr(holder, part, other)
+    after = model(ids).logits
+    assert not torch.equal(after, before) and torch.equal(after, copy.deepcopy(model)(ids).logits)
+
+
 def test_built_from_a_configuration_alone():
     config = SleepConfig(text_config=tiny_base("qwen3").config, n_loops=2, window_size=4)
     model = AutoModelForCausalLM.from_config(config)

@@ -39,7 +39,7 @@ EDGES: dict[str, set[str]] = {
     "ephemeral": set(),
     "snapshot": {"ephemeral", "memory", "schedule", "settings"},
     "files": {"errors"},
-    "fingerprint": set(),
+    "fingerprint": {"errors"},
     "session_file": {"errors", "files", "memory", "snapshot"},
     "cache": {"errors", "memory", "session_file", "settings", "snapshot"},
     "convergence": {"memory", "schedule", "settings"},

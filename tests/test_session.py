@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import accelerate
 import pytest
 import talking
 import torch
@@ -118,6 +119,17 @@ def test_special_tokens_stand_at_the_start_only(session, words):
     session.read("abc").read("abc")
     spelled = [words.bos_token_id, *ids_of(words, "abc"), *ids_of(words, "abc")]
     assert session.cache.open_ids[0, : session.cache.open_lengths[0]].tolist() == spelled
+
+
+def test_a_model_that_is_offloaded_between_calls_is_asked_as_any(words):
+    model = talking.talker(dtype=torch.float32)
+    expected = Session(model, words)
+    expected.read(STORY)
+    answer = expected.ask("who?", max_new_tokens=5)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    session = Session(model, words)
+    session.read(STORY)
+    assert session.ask("who?", max_new_tokens=5) == answer
 
 
 def test_asking_leaves_no_trace(session):

@@ -10,6 +10,7 @@ import torch
 from families import VOCAB, tokens
 from small import sleeping
 from tolerances import DEVICE32, EXACT, assert_close
+from transformers import AutoModelForCausalLM
 from transformers.generation import StoppingCriteria
 
 from sleepify import CacheMismatchError, SleepCache
@@ -438,6 +439,55 @@ def test_cropping_counts_what_waits(model):
     assert cache.pending == twin.pending
     cache.crop(8)
     assert cache.pending == [[]] and cache.seen == [8]
+
+
+def test_columns_count_a_token_that_waited(model):
+    """After every turn of `generate`, and after a sleep on it."""
+    cache, whole = SleepCache(), {"eos_token_id": None, "max_new_tokens": 2, "past_key_values": None}
+    for turn in range(3):
+        model.generate(tokens(1, 2, seed=turn), new_tokens=turn > 0, **whole | {"past_key_values": cache})
+    model.sleep(cache)
+    model(tokens(1, 2, seed=4), past_key_values=cache)
+    assert (cache.seen, cache.get_seq_length()) == ([14], 14)
+    text = cache.clone()
+    model(tokens(1, 1, seed=5), past_key_values=text, attention_mask=torch.ones(1, 15, dtype=torch.long))
+    cache.crop(13)
+    assert (cache.seen, cache.get_seq_length()) == ([13], 13)
+
+
+def test_generation_uses_a_session_whatever_the_base_says(model):
+    """Trained checkpoints often say `use_cache: false`."""
+    found = []
+    for use_cache in (True, False):
+        cache = SleepCache()
+        model(tokens(1, 6), past_key_values=cache)
+        options = {"max_new_tokens": 5, "eos_token_id": None, "new_tokens": True, "use_cache": use_cache}
+        found.append(model.generate(tokens(1, 3, seed=1), past_key_values=cache, **options)[0].tolist())
+        assert cache.seen == [13] and len(cache.pending[0]) == 1
+    assert found[0] == found[1]
+
+
+def test_a_session_outlives_changes_that_change_no_state(tmp_path):
+    for change in ("a vocabulary that grew", "dropout"):
+        model = sleeping(dtype=torch.float32)
+        if change == "dropout":
+            model.config.text_config.attention_dropout = 0.1
+        else:
+            model.resize_token_embeddings(VOCAB + 5)
+        cache = SleepCache()
+        model.eval()(tokens(1, 12), past_key_values=cache)
+        cache.save(tmp_path / "session.safetensors")
+        model.save_pretrained(tmp_path / change)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / change)
+        taken = again(tokens(1, 2), past_key_values=SleepCache.load(tmp_path / "session.safetensors")).logits
+        assert torch.equal(taken, model(tokens(1, 2), past_key_values=cache).logits), change
+
+
+def test_a_state_is_not_said_to_be_in_another_precision(model):
+    cache = model(tokens(1, 6), use_cache=True).past_key_values
+    for dtype in (torch.float64, torch.bfloat16):
+        with pytest.raises(ValueError, match="expected a state of float32"):
+            cache.to(dtype=dtype)
 
 
 # --- in another precision

@@ -20,7 +20,7 @@ SUBJECTS: dict[str, str] = {
     "recompute ephemeral background convergence calibration recording graphs",
     "Probes": "probes/",
     "Sessions": "session.py session_model conversation idle",
-    "Checkpoints and sessions in files": "checkpoints manifest files session_file loader",
+    "Checkpoints and sessions in files": "checkpoints manifest fingerprint files session_file loader",
     "Data of one's own": "training/text_ training/sft",
     "Training": "training/",
     "Tasks": "tasks/",

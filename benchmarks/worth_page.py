@@ -43,9 +43,9 @@ the easy part of the task, and are trained on the same rows in the same order; "
 until it has taken the processor time of N = 4. Exact match on held-out rows in per cent; of two seeds both, of more
 their mean with Student's 95% interval. *Frontier*: up to where at least 90% are answered. A p is McNemar's, exact and
 two-sided, on the answers to the same queries, N = 4 against that arm, the largest over seeds. CPU seconds are of one
-thread of a machine that did other work too. Learning rates are those of the YAML files (hops: Muon 0.01, AdamW 0.002),
-tuned for no arm; rows that say so show what half and twice of them do, and are not drawn. Runs:
-`docs/results/runs/worth`."""
+thread of a machine that did other work too, up to the last test on the way and carried on by the steps after it.
+Learning rates are those of the YAML files (hops: Muon 0.01, AdamW 0.002), tuned for no arm; rows that say so show what
+half and twice of them do, and are not drawn. Runs: `docs/results/runs/worth`."""
 
 
 def arms_of(setting: Setting) -> dict[str, list[Run]]:

@@ -36,7 +36,8 @@ class Run:
         arm: its name, or `BASE` and a number of layers.
         seed: of weights and rows.
         steps: optimiser steps.
-        cpu_seconds: processor time of the training, without tests; with that of an arm that it went on from.
+        cpu_seconds: processor time of the training, without tests; with that of an arm that it went on from. Measured
+            up to the last test on the way, and carried on by the steps after it.
         report: of the test at the end.
         curve: of the tests on the way.
         machine: and versions, and date.
@@ -119,7 +120,7 @@ def train(setting: Setting, name: str, seed: int, config: str, changes: dict[str
             arm=name,
             seed=seed,
             steps=result.spent.train_steps,
-            cpu_seconds=result.curve[-1].cpu_seconds,
+            cpu_seconds=result.curve[-1].cpu_seconds * result.spent.train_steps / result.curve[-1].step,
             report=result.report,
             curve=list(result.curve),
             machine=machine(),

@@ -42,8 +42,8 @@ def check_unchanged(base: nn.Module, then: str | None) -> None:
     """
     if (now := fingerprint(base)) != then:
         raise CheckpointError(
-            f"expected the base to be as it was when sleep was added (fingerprint {then}), got {now}: it was trained or "
-            "resized, or cast to float16, since; save the whole model, without fast_weights_only"
+            f"expected the base to be as it was when sleep was added (fingerprint {then}), got {now}: it was "
+            "trained or resized, or cast to float16, since; save the whole model, without fast_weights_only"
         )
 
 

@@ -216,8 +216,10 @@ class Session(SessionModel):
     def _copy(self, idle_sleep: float | None = None) -> Session:
         when: dict[str, Any] = {"sleep_at": self.sleep_at, "idle_sleep": idle_sleep, "background": self.background}
         other = Session(self.model, self.tokenizer, **when)
-        other.cache = self.cache.clone()
-        other._known, other._steps = self._known, list(self._steps)
+        # Its seconds are counted from now on.
+        with other._idle.busy():
+            other.cache = self.cache.clone()
+            other._known, other._steps = self._known, list(self._steps)
         return other
 
     def close(self) -> None:
@@ -298,7 +300,8 @@ class Session(SessionModel):
         whole.now = snapshot
         whole.begin(model.owner_of(model.options()), snapshot.batch_size, model.config.window_size, model.device)
         now, *marks = [part.now for part in whole.to(model.device).split()]
-        session._put(_Moment(now, Conversation.noted(notes, *marks)))
+        with session._idle.busy():
+            session._put(_Moment(now, Conversation.noted(notes, *marks)))
         return session
 
     @property

@@ -78,6 +78,7 @@ def test_generate_sleeps_as_it_is_told(trained: Path, capsys: pytest.CaptureFixt
         expected = model.generate(ids, max_new_tokens=12, do_sample=False, n_loops=n_loops)[0, 20:].tolist()
         assert [int(word) for word in made(*options).split()] == expected
     assert made("--window_size", "50") != made()
+    assert made("--temperature", "0") == made()
     assert made("--temperature", "3", "--seed", "1") == made("--temperature", "3", "--seed", "1") != made()
 
 

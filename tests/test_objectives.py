@@ -360,6 +360,20 @@ def test_what_cannot_be_is_refused_by_name(fields, message, tmp_path):
         SleepTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **fields)
 
 
+@pytest.mark.parametrize("fields", [{"distill": 1.0}, {"reconstruct": 1.0}, {"pass_loss": "all"}, {}])
+def test_a_loss_that_compute_loss_func_would_put_out_of_force_is_refused(fields, tmp_path):
+    asked = next(iter(fields), "criterion")
+    with pytest.raises(ValueError, match=f"expected either compute_loss_func or .*{asked}.*, got both"):
+        SleepTrainer(
+            small.trainable(),
+            SleepTrainingArguments(str(tmp_path), use_cpu=True, train_only="fast_weights", **fields),
+            criterion=None if fields else cross_entropy,
+            compute_loss_func=lambda outputs, labels, num_items_in_batch=None: outputs.logits.sum(),
+            train_dataset=TaskDataset(TASK),
+            data_collator=SleepCollator(0),
+        )
+
+
 def test_a_base_that_does_not_sleep_has_no_other_losses(tmp_path):
     with pytest.raises(ValueError, match="a model that sleeps for pass_loss, got Qwen3ForCausalLM"):
         trained(tmp_path, tiny_base("qwen3", torch.float32), train_only=None, pass_loss="all")

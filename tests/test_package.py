@@ -101,7 +101,7 @@ EDGES: dict[str, set[str]] = {
         *("sleep", "snapshot", "tasks"),
     },
     "peft": {"errors"},
-    "serving": {"cache", "errors", "files", "generation", "memory", "modeling", "precision"},
+    "serving": {"cache", "errors", "files", "fingerprint", "generation", "memory", "modeling", "precision"},
     "__init__": {
         "cache",
         "calibration",

@@ -233,6 +233,31 @@ def test_bfloat16_weights_are_trained_as_float32_ones_and_rounded(tmp_path, name
     assert len(optimizers[0].state) == 4
 
 
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_weights_that_are_loaded_between_two_steps_are_trained_on(tmp_path, name):
+    """As after ``load_best_model_at_end``: what the optimiser remembers of others must not come back."""
+    model = nn.Linear(8, 8).bfloat16()
+    optimizer = optimizer_of(model, tmp_path, name)
+
+    def step():
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+
+    step()
+    loaded = {key: weight + 1 for key, weight in model.state_dict().items()}
+    # Some entries stay what they were: those go on from what is finer than they.
+    loaded["weight"][0] = model.weight.detach()[0]
+    finer = optimizer.state[model.weight]["master"][0].clone()
+    model.load_state_dict(loaded)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    step()
+    assert all(torch.equal(weight, loaded[key]) for key, weight in model.state_dict().items())
+    assert torch.equal(optimizer.state[model.weight]["master"][0], finer)
+    assert not torch.equal(finer, finer.bfloat16().float())
+
+
 def zero(stage):
     how = {"stage": stage} | ({"stage3_gather_16bit_weights_on_model_save": True} if stage == 3 else {})
     return {"deepspeed": {"zero_optimization": how, "bf16": {"enabled": "auto"}} | dict.fromkeys(AUTO, "auto")}

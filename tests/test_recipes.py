@@ -548,3 +548,18 @@ def test_a_base_without_sleep_is_trained_by_the_same_recipe(recipe_in_process: A
     assert AutoConfig.from_pretrained(out).model_type == "qwen3"
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     assert {(row["n_loops"], row["window_size"]) for row in report["scores"]} == {(1, None)}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"lora_alpha": 32.0, "lora_targets": ["q_proj"]},
+            "expected lora_r, a rank, with lora_alpha, lora_targets, got",
+        ),
+        ({"lora_dropout": 0.1}, "expected lora_r, a rank, with lora_dropout, got none"),
+    ],
+)
+def test_a_setting_of_a_model_that_would_do_nothing_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        ModelArguments(model="mine", **given)

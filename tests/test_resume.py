@@ -77,6 +77,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_untouched(tmp_path):
         ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type: 'linear' there, 'cosine' here"),
         ({"warmup_steps": 1}, "warmup_steps: 0(.0)? there, 1 here"),
         ({"data_seed": 3}, "data_seed: None there, 3 here"),
+        ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy: 'random' there, 'sequential' here"),
         ({"dataset": TaskDataset(Rule110(width=8, n_strings=2, steps=3))}, "task"),
     ):
         for resume in (str(checkpoint), True, None):

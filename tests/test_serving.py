@@ -21,6 +21,7 @@ from hostile import HOSTILE, assistant, body, user  # noqa: E402
 from served import WINDOW, alone, tiny  # noqa: E402
 
 from sleepify import SleepCache  # noqa: E402
+from sleepify.cli import serve  # noqa: E402
 from sleepify.serving.api import create_app  # noqa: E402
 from sleepify.serving.engine import Limits, key_hash  # noqa: E402
 from sleepify.serving.metrics import Metrics  # noqa: E402
@@ -346,6 +347,65 @@ def test_an_idle_session_sleeps_and_goes_on(made, tmp_path):
         assert not kept.open_ids and kept.windows == 2
         answer = post(address, json=body(messages=[user("go on")]), headers={"X-Session-Id": session}).json()
         assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == kept.start > WINDOW
+
+
+def trained_on(model):
+    with torch.no_grad():
+        for each in model.fast_weights.parameters():
+            each.mul_(1.5)
+
+
+def with_other_loops(model):
+    model.config.n_loops = 5
+
+
+@pytest.mark.parametrize("change", [trained_on, with_other_loops])
+def test_what_another_state_was_made_of_is_read_anew_after_a_restart(tmp_path, change):
+    made = tiny(tmp_path / "model")
+    whole = [user("hello there you who read this long text")]
+    with running(made, folder=tmp_path / "kept") as (address, _):
+        text, session = say(address, whole)
+    whole += [assistant(text), user("second")]
+    change(made[0])
+    with running(made, folder=tmp_path / "kept") as (address, engine):
+        assert say(address, whole)[0] == alone(*made, whole, LIMIT)
+        fork = post(address, f"/v1/sessions/{session}/fork").json()["id"]
+        for name in (session, fork):
+            assert [each["content"] for each in engine.store.get(name, key_hash("alice")).messages][-1] == text
+            assert say(address, whole[-1:], session=name)[0] == alone(*made, whole, LIMIT)
+    # A restart without a change reads nothing anew, and one memory is kept of each.
+    with running(made, folder=tmp_path / "kept") as (address, _):
+        sent = body(messages=[user("and?")])
+        used = post(address, json=sent, headers={"X-Session-Id": session}).json()["usage"]
+        assert used["prompt_tokens_details"]["cached_tokens"] > WINDOW
+        assert len(list((tmp_path / "kept").glob(f"{session}.*.safetensors"))) == 1
+
+
+@pytest.mark.parametrize("key", ["", " \n", "schl\N{LATIN SMALL LETTER U WITH DIAERESIS}ssel"])
+def test_a_key_that_nobody_can_bring_is_refused(made, key):
+    with pytest.raises(ValueError, match="expected an API key of ASCII characters, got .* as number 2; give another"):
+        create_app(*made, "tiny", keys=["alice", key])
+
+
+def test_a_key_is_the_same_with_space_around_it(made):
+    app = create_app(*made, "tiny", keys=["alice\n"])
+
+    async def models(key):
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
+            return (await http.get("/v1/models", headers={"Authorization": f"Bearer {key}"})).status_code
+
+    assert [asyncio.run(models(key)) for key in ("alice", "bob", "")] == [200, 401, 401]
+
+
+def test_a_model_in_the_working_directory_is_named_as_its_folder(tmp_path, monkeypatch):
+    tiny(tmp_path / "notes")
+    monkeypatch.chdir(tmp_path / "notes")
+    taken = []
+    monkeypatch.setattr("sleepify.serving.api.create_app", lambda model, tokens, name, **_: taken.append(name))
+    for arguments in (["."], [".", "--name", "mine"]):
+        serve._app(serve._parser().parse_args([*arguments, "--device", "cpu"]))
+    assert taken == ["notes", "mine"]
 
 
 # --- the parts -----------------------------------------------------------------------------------------------------

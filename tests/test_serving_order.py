@@ -8,6 +8,7 @@ import json
 import re
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from served import WINDOW, tiny  # noqa: E402
 from sleepify import SleepCache  # noqa: E402
 from sleepify.serving import asked as asking  # noqa: E402
 from sleepify.serving import scheduler as serving  # noqa: E402
+from sleepify.serving import store as storing  # noqa: E402
 from sleepify.serving.api import create_app  # noqa: E402
 from sleepify.serving.asked import Asked  # noqa: E402
 from sleepify.serving.engine import Engine, Limits, key_hash  # noqa: E402
@@ -195,6 +197,24 @@ def test_a_turn_counts_until_it_is_written(made, tmp_path):
     asyncio.run(main())
 
 
+def test_an_answers_tokens_are_no_prompts(made):
+    """Those that are read behind a full window, too."""
+    asked = Asked([{"role": "user", "content": "hello there you"}], Sampling(temperature=0, max_tokens=40), True)
+
+    async def main():
+        engine = Engine(*made, Limits(), None, None)
+        turn = await engine.turn(asked, KEY, None, "sess")
+        assert [piece async for piece in turn.pieces()]
+        made_now = (await turn.finish()).made
+        assert made_now > WINDOW
+        said = engine.metrics.text({}).splitlines()
+        assert {f"sleepify_tokens_read_total {len(turn.ids)}", f"sleepify_tokens_generated_total {made_now}"} <= {*said}
+        turn.close()
+        await engine.close()
+
+    asyncio.run(main())
+
+
 # --- what comes between two steps ------------------------------------------------------------------------------------
 
 
@@ -281,11 +301,12 @@ def test_a_session_is_erased_in_its_first_turn(made, tmp_path):
 # --- what fails half way ---------------------------------------------------------------------------------------------
 
 
-def full(*_):
+def full(*_, **__):
     raise OSError(errno.ENOSPC, "no space left on device")
 
 
-def test_a_turn_that_cannot_be_written_did_not_happen(made, tmp_path, monkeypatch):
+@pytest.mark.parametrize("what", [(SleepCache, "save"), (Path, "write_text")])
+def test_a_turn_that_cannot_be_written_did_not_happen(made, tmp_path, monkeypatch, what):
     model, ids = made[0], list(range(6, 6 + 2 * WINDOW + 5))
     more = [*ids, *range(6, 6 + WINDOW)]
 
@@ -297,7 +318,7 @@ def test_a_turn_that_cannot_be_written_did_not_happen(made, tmp_path, monkeypatc
         session = await kept(store, model, ids)
         before, files, held = shown(session), {each.name for each in tmp_path.iterdir()}, store.bytes
         with monkeypatch.context() as broken:
-            broken.setattr(SleepCache, "save", full)
+            broken.setattr(*what, full)
             for act in (
                 lambda: store.keep(session, read(model, more), [{"role": "user", "content": "y"}], more),
                 lambda: store.keep_slept(session, model.sleep(read(model, ids))),
@@ -313,6 +334,115 @@ def test_a_turn_that_cannot_be_written_did_not_happen(made, tmp_path, monkeypatc
         assert [each.stat().st_mode & 0o777 for each in tmp_path.iterdir()] == [0o600, 0o600]
         assert store.longest_prefix(KEY, [*more, 6]) == (session, len(more))
         await store.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("why", ["too many", "no space"])
+def test_a_response_that_cannot_be_kept_moves_no_session(made, tmp_path, monkeypatch, why):
+    """Nor is there a response where its session cannot be moved: a client that asks again is as one that never did."""
+    asked = Asked([{"role": "user", "content": "hi"}], Sampling(temperature=0, max_tokens=2), True)
+
+    async def main():
+        engine = Engine(*made, Limits(sessions=1 if why == "too many" else 10), tmp_path, None)
+        session = await kept(engine.store, made[0], list(range(6, 20)), named=True)
+        before, files = session.turn, {each.name for each in tmp_path.iterdir()}
+        write = storing.write
+        # The response comes first.
+        for good in (0, 1):
+            left = [good]
+
+            def writing(*arguments, left=left):
+                left[0] -= 1
+                return write(*arguments) if left[0] >= 0 else full()
+
+            if why == "no space":
+                monkeypatch.setattr(storing, "write", writing)
+            turn = await engine.turn(asked, KEY, session.id, "resp")
+            assert [piece async for piece in turn.pieces()]
+            with pytest.raises(Refusal if why == "too many" else OSError):
+                await turn.finish()
+            turn.close()
+            assert (session.turn, len(session.messages), len(engine.store)) == (before, 1, 1)
+            assert {each.name for each in tmp_path.iterdir()} == files
+        await engine.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_write_that_nobody_waits_for_any_more_comes_to_its_end(made, tmp_path, monkeypatch, fails):
+    """Its client goes away while it waits its turn; memory and disk then say the same."""
+    model, ids = made[0], list(range(6, 6 + WINDOW + 5))
+    more = [*ids, *range(6, 6 + WINDOW)]
+
+    async def main():
+        store = Store(read(model, ids).owner, tmp_path, 1 << 30, 10)
+        session = await kept(store, model, ids)
+        gate = threading.Event()
+        store._files.submit(gate.wait, 60)
+        if fails:
+            monkeypatch.setattr(storing, "write", full)
+        moving = asyncio.create_task(store.keep(session, read(model, more), [{"role": "user", "content": "y"}], more))
+        await asyncio.sleep(0.05)
+        for _ in range(2):
+            moving.cancel()
+            await asyncio.sleep(0.05)
+        gate.set()
+        with pytest.raises(OSError if fails else asyncio.CancelledError):
+            await moving
+        record = json.loads((tmp_path / f"{session.id}.json").read_text(encoding="utf-8"))
+        assert (record["turn"], record["messages"]) == (session.turn, session.messages)
+        assert session.turn == (1 if fails else 2) and len(list(tmp_path.iterdir())) == 2
+        await store.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "damage", [None, {"windows": ...}, {"open_ids": None}, {"open_ids": ["a"]}, {"messages": [[]]}]
+)
+def test_a_record_that_cannot_be_read_is_left_alone(made, tmp_path, monkeypatch, damage):
+    """For a moment (too many open files), or because another version wrote it; nobody else's session suffers."""
+    ids = list(range(6, 6 + WINDOW + 5))
+
+    async def main():
+        first = Store(read(made[0], ids).owner, tmp_path, 1 << 30, 10)
+        session = await kept(first, made[0], ids)
+        await first.close()
+        record = tmp_path / f"{session.id}.json"
+        fields = json.loads(record.read_text(encoding="utf-8")) | (damage or {})
+        record.write_text(
+            json.dumps({name: each for name, each in fields.items() if each is not ...}), encoding="utf-8"
+        )
+        files = {each.name for each in tmp_path.iterdir()}
+        with monkeypatch.context() as broken:
+            if damage is None:
+                broken.setattr(Path, "read_text", full)
+            again = Store(first.owner, tmp_path, 1 << 30, 10)
+        assert {each.name for each in tmp_path.iterdir()} == files
+        assert len(again) == 0 and again.longest_prefix(KEY, [*ids, 6]) == (None, 0)
+        await again.close()
+
+    asyncio.run(main())
+
+
+def test_an_idle_sleep_that_fails_is_not_tried_at_every_tick(made, monkeypatch):
+    ids, tried = list(range(6, 6 + WINDOW + 5)), []
+
+    def fails(*_):
+        tried.append(time.monotonic())
+        raise ValueError("the state is not finite")
+
+    async def main():
+        engine = Engine(*made, Limits(), None, 3600)
+        session = await kept(engine.store, made[0], ids)
+        monkeypatch.setattr(type(made[0]), "sleep", fails)
+        session.used -= 7200
+        for _ in range(3):
+            await engine._sleep_idle_ones(3600)
+        assert len(tried) == 1 and len(session.open_ids) == 5
+        await engine.close()
 
     asyncio.run(main())
 

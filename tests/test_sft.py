@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import small
+import talking
 import torch
 from families import tiny_base, tokens
 from tolerances import FLOAT32, assert_close
@@ -89,6 +90,7 @@ SAID = "<user>hello\n<assistant>hi\n<user>bye\n<assistant>so long\n"
         (QUESTION, {}, "A fact.\n\nWhich?\nThat.</s>", "That.</s>"),
         (QUESTION, {"question_first": True}, "Which?\n\nA fact.\nThat.</s>", "That.</s>"),
         (QUESTION | {"text": "else"}, {"dataset_format": "text"}, "else</s>", "else</s>"),
+        (QUESTION | {"body": "all"}, {"dataset_columns": {"text": "body"}}, "all</s>", "all</s>"),
         ({"messages": MESSAGES}, {}, SAID, "hi\nso long\n"),
         ({"prompt": MESSAGES[:3], "completion": MESSAGES[3:]}, {}, SAID, "so long\n"),
     ],
@@ -99,6 +101,66 @@ def test_a_format_is_known_by_its_columns_and_learns_what_it_should(row, fields,
     answer = data.train.answer(0)
     if answer:
         assert tokenizer().decode(data.train[0]["input_ids"][slice(*answer)]) + "</s>" == learnt
+
+
+TOLD = "{{ bos_token }}{% if tools %}({{ tools | length }}{{ tools[0].name }}){% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("row", "whole", "learnt"),
+    [
+        ({"text": "<s>ab<end>"}, "<s>ab<end>", "<s>ab<end>"),
+        ({"prompt": "<s>ab", "completion": "c<end>"}, "<s>abc<end>", "c<end>"),
+        ({"context": "<s>a", "question": "b", "answer": "c<end>"}, "<s>a\n\nb\nc<end>", "c<end>"),
+    ],
+)
+def test_text_that_begins_and_ends_as_the_tokenizer_has_it_does_so_once(row, whole, learnt, tmp_path):
+    data = load_text(
+        DatasetArguments(write(tmp_path / "d.jsonl", [row]), held_out=0), talking.tokenizer(), window_size=8
+    )
+    found = data.train[0]
+    chosen = [t for t, label in zip(found["input_ids"], found["labels"], strict=True) if label != IGNORE]
+    assert [talking.tokenizer().decode(ids) for ids in (found["input_ids"], chosen)] == [whole, learnt]
+    if span := data.train.answer(0):
+        assert talking.tokenizer().decode(found["input_ids"][slice(*span)]) == "c"
+
+
+@pytest.mark.parametrize("marks", [False, True])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_a_template_is_told_of_tools(marks, as_text, tmp_path):
+    said = "{% generation %}{{ m.content }}<end>{% endgeneration %}" if marks else "{{ m.content }}<end>"
+    body = "{% for m in messages %}<{{ m.role }}>" + said + "{% endfor %}"
+    words = talking.tokenizer(TOLD + body + "{% if add_generation_prompt %}<assistant>{% endif %}")
+    tools = [{"name": "f"}, {"name": "g"}]
+    rows = [{"messages": MESSAGES[:2], "tools": json.dumps(tools) if as_text else tools}]
+    rows += [{"messages": MESSAGES[:2], "tools": None}]
+    train = load_text(DatasetArguments(write(tmp_path / "d.jsonl", rows), held_out=0), words, window_size=8).train
+    chat = "<user>hello<end><assistant>hi<end>"
+    assert [words.decode(train[i]["input_ids"]) for i in range(2)] == [f"<s>(2f){chat}", f"<s>{chat}"]
+
+
+def test_tools_that_are_no_json_are_refused(tmp_path):
+    path = write(tmp_path / "d.jsonl", [{"messages": MESSAGES, "tools": "[f"}])
+    with pytest.raises(DatasetError, match=r"row 0: expected tools as a list or JSON, got str '\[f'"):
+        load(path, TEMPLATE)
+
+
+def test_what_stands_before_a_first_turn_of_the_assistant_is_not_learnt(tmp_path):
+    rows = [{"messages": MESSAGES[1:]}]
+    row = load_text(DatasetArguments(write(tmp_path / "d.jsonl", rows), held_out=0), talking.tokenizer(), window_size=8)
+    row = row.train[0]
+    chosen = [t for t, label in zip(row["input_ids"], row["labels"], strict=True) if label != IGNORE]
+    assert talking.tokenizer().decode(chosen) == "hi<end>so long<end>"
+
+
+def test_a_marked_template_that_raises_is_one_clear_line(tmp_path):
+    words = talking.tokenizer(
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    )
+    rows = [{"messages": [{"role": "system", "content": "be kind"}, *MESSAGES]}]
+    with pytest.raises(DatasetError, match="row 0: .*TemplateError: no system; give another chat_template"):
+        load_text(DatasetArguments(write(tmp_path / "d.jsonl", rows), held_out=0), words, window_size=8)
 
 
 def test_a_template_that_marks_the_assistant_says_itself_what_is_learnt():
@@ -269,6 +331,30 @@ def test_workers_that_have_no_part_of_a_stream_end(workers, tmp_path):
     assert found == [row["input_ids"] for row in islice(stream, 8)]
 
 
+def test_several_workers_do_not_hold_rows_out_of_a_stream_of_several_files(tmp_path):
+    (tmp_path / "many").mkdir()
+    for name in "ab":
+        write(tmp_path / "many" / f"{name}.jsonl", [{"text": f"{name}{n}"} for n in range(3)])
+    stream = load(tmp_path / "many", streaming=True, held_out=2).train
+    with pytest.raises(ValueError, match="dataloader_num_workers of at most 1 for a stream of 2 files .*2 rows, got 2"):
+        next(iter(DataLoader(stream, batch_size=1, collate_fn=list, num_workers=2, timeout=60)))
+    found = list(islice(DataLoader(stream, batch_size=1, collate_fn=list, num_workers=1, timeout=60), 4))
+    assert sorted(predicted(row)[0] for (row,) in found) == ["a2</s>", "b0</s>", "b1</s>", "b2</s>"]
+    arguments = ["--dataset", str(tmp_path / "many"), "--streaming", "--dataloader_num_workers", "2"]
+    with pytest.raises(ValueError, match="dataloader_num_workers of at most 1"):
+        run(tmp_path, *arguments, "--held_out", "2")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_blank_lines_of_a_text_file_are_no_rows(streaming, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "data.txt").write_text("one\n\ntwo\n \n\n\nthree\n")
+    for path in (tmp_path / "folder", tmp_path / "folder" / "data.txt"):
+        train = load(path, text_rows="line", streaming=streaming).train
+        found = islice(iter(train), 3) if streaming else [train[i] for i in range(len(train))]
+        assert sorted(predicted(row)[0] for row in found) == ["one</s>", "three</s>", "two</s>"]
+
+
 def test_rows_that_never_sleep_are_warned_about_before_training(tmp_path, caplog):
     path = write(tmp_path / "data.jsonl", [{"text": "a" * 9}, {"text": "a" * 29}])
     assert (
@@ -308,6 +394,37 @@ def test_distances_are_those_of_a_search():
         "17-32",
         "33-64",
     ]
+
+
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+def test_distance_0_is_what_attention_reaches(eviction):
+    window, reading = 8, 17
+    model = small.trainable(dtype=torch.float64, eviction=eviction, window_size=window, n_loops=1, layers=1).eval()
+    for layer in model.fast_weights:
+        torch.nn.init.zeros_(layer.o_proj.weight)
+    for last in range(1, reading):
+        ids = tokens(1, reading + 2, seed=4)[0] % 30
+        ids[last - 1 : last + 1] = ids[reading : reading + 2] = torch.tensor([40, 41])
+        other = ids.clone()
+        other[last] = 42
+        with torch.no_grad():
+            now, then = (model(each[None], use_cache=False).logits[0, reading] for each in (ids, other))
+        distance = distances(ids.tolist(), window, eviction == "sliding")[reading + 1]
+        if last < reading - 1:  # else the pairs overlap
+            assert (distance == 0) == (not torch.equal(now, then)), last
+
+
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+def test_distances_are_those_of_the_models_eviction(eviction):
+    rows = held_out()
+    found = evaluate_text(small.trainable(eviction=eviction), rows, window_size=8)["perplexity_by_distance"]
+    wanted: dict[str, int] = {}
+    for i in range(3):
+        ids, labels = (rows[i][name] for name in ("input_ids", "labels"))
+        told = distances(ids, 8, eviction == "sliding")
+        for distance in (told[column] for column, label in enumerate(labels) if label != IGNORE):
+            wanted[bucket(distance, 8)] = wanted.get(bucket(distance, 8), 0) + 1
+    assert {name: each["tokens"] for name, each in found.items()} == wanted
 
 
 class Listed:

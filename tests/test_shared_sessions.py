@@ -81,6 +81,15 @@ def test_a_session_goes_on_wherever_it_is_asked(made, pair) -> None:
     assert cached > 0, "it is taken over, not read anew"
 
 
+def test_a_memory_that_is_lost_is_read_anew_wherever_it_is_asked(made, pair, tmp_path) -> None:
+    first = post(pair[0][0], [user("who was it?")])
+    messages = [user("who was it?"), assistant(said(first)), user("and then?")]
+    for path in tmp_path.glob("*.safetensors"):
+        path.unlink()
+    for address, _ in pair:
+        assert said(post(address, messages)) == alone(*made[1:], messages, LIMIT)
+
+
 def test_whole_conversations_never_go_on_from_an_older_turn(made, pair) -> None:
     """Each server knows a part of the turns; the files of one id are never those of two conversations."""
     messages = [user("who was it?")]

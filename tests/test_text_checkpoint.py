@@ -67,6 +67,21 @@ def test_a_run_is_not_resumed_on_other_rows(tmp_path, monkeypatch):
     recipes.run(None, [*argv, "--max_steps", "3", "--resume_from_checkpoint", str(noted.parent)])
 
 
+def test_a_stream_is_not_resumed_with_other_rows_held_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    argv = [str(TINY), "--output_dir", str(tmp_path / "out"), "--disable_tqdm", "--save_strategy", "steps"]
+    argv += ["--streaming", "--test_n_loops", "1", "--resume_from_checkpoint", "latest", "--max_steps"]
+    recipes.run(None, [*argv, "1", "--held_out", "4"])
+    with pytest.raises(CheckpointError, match="held_out: 4 there, 2 here"):
+        recipes.run(None, [*argv, "2", "--held_out", "2"])
+    # A checkpoint of before this was noted is taken.
+    noted = tmp_path / "out" / "checkpoint-1" / "sleep_run.json"
+    old = json.loads(noted.read_text())
+    del old["run"]["held_out"], old["run"]["train_sampling_strategy"]
+    noted.write_text(json.dumps(old))
+    assert recipes.run(None, [*argv, "2", "--held_out", "4"]).spent.train_steps == 2
+
+
 @pytest.mark.parametrize(
     ("row", "options", "matched"),
     [

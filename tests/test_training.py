@@ -24,6 +24,7 @@ from sleepify.training import (
     TaskDataset,
     split_parameters,
 )
+from sleepify.training.optim import parameter_groups
 from sleepify.training.trainer import loops_of_step
 
 TASK = Rule110(width=8, n_strings=2, steps=2)
@@ -89,6 +90,18 @@ def test_no_gate_router_or_expert_stack_of_a_hybrid_goes_to_muon(family):
         # A matrix of so few rows gives every head or expert a number, not a vector (but for a bottleneck so narrow).
         assert min(parameter.shape) > 4 or "kernel_generator" in name, name
         assert not {"conv1d", "embed_tokens", "lm_head"} & set(name.split("."))
+
+
+def test_biases_and_decays_are_neither_muons_nor_decayed_whatever_their_dimensions(tmp_path):
+    model = torch.nn.Module()
+    model.proj = torch.nn.Linear(4, 4)
+    model.experts_bias, model.A_log = (torch.nn.Parameter(torch.ones(4, 4)) for _ in range(2))
+    muon, adamw = split_parameters(model)
+    assert [name for name, _ in muon] == ["proj.weight"]
+    for optimizer in ("muon", "adamw"):
+        groups = parameter_groups(model, arguments(tmp_path, optimizer=optimizer, weight_decay=0.1))
+        free = [id(p) for group in groups if not group["weight_decay"] for p in group["params"]]
+        assert sorted(free) == sorted(id(p) for _, p in adamw)
 
 
 def test_a_tied_head_is_an_embedding_and_frozen_parameters_are_nobodys():
@@ -162,6 +175,22 @@ def test_collation_pads_and_clears_the_label_that_nothing_predicts():
         SleepCollator(1)([{"input_ids": []}])
     with pytest.raises(ValueError, match="one label per token"):
         SleepCollator(1)([{"input_ids": [1, 2], "labels": [1]}])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_that_comes_with_a_row_is_not_read(side):
+    plain = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, {"input_ids": [8, 9], "labels": [8, 9]}]
+    padded = [
+        {"input_ids": [0, 0, 5, 6, 7, 0], "labels": [-100, -100, 5, 6, 7, -100], "attention_mask": [0, 0, 1, 1, 1, 0]},
+        {"input_ids": [8, 0, 9], "labels": [8, -100, 9], "attention_mask": torch.tensor([1, 0, 1])},
+    ]
+    wanted, found = (SleepCollator(1, side)(rows) for rows in (plain, padded))
+    assert wanted.keys() == found.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    for name in ("input_ids", "labels"):
+        with pytest.raises(ValueError, match=rf"attention_mask of one value per {name} \(2\), got 1"):
+            SleepCollator(1)([{"input_ids": [1], "labels": [1], "attention_mask": [1]} | {name: [1, 2]}])
+    with pytest.raises(ValueError, match="at least one token"):
+        SleepCollator(1)([{"input_ids": [1], "attention_mask": [0]}])
 
 
 def test_rows_of_a_task_have_an_index_and_no_end():
@@ -405,6 +434,16 @@ def test_a_learning_rate_that_is_given_is_used_or_refused(tmp_path):
     changed = arguments(tmp_path).set_optimizer("sgd", learning_rate=0.1)
     with pytest.raises(ValueError, match="optim to be left out"):
         SleepTrainer(sleeping(), changed, train_dataset=TaskDataset(TASK), data_collator=SleepCollator(0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [("polynomial", {"lr_end": 1e-4}), ("cosine_with_min_lr", {"min_lr": 1e-4})],
+)
+def test_a_schedule_that_ends_at_a_rate_ends_there(tmp_path, kind, given):
+    trainer = build(tmp_path, optimizer="adamw", learning_rate=1e-3, lr_scheduler_type=kind, lr_scheduler_kwargs=given)
+    trainer.train()
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-4)
 
 
 def test_another_learning_rate_is_another_run(tmp_path):

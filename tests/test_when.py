@@ -204,6 +204,17 @@ def test_forks_sleep_too_but_not_those_of_questions(model, words) -> None:
     assert all(each._timer is None for each in started)
 
 
+def test_forks_and_files_sleep_before_they_are_called(model, words, tmp_path) -> None:
+    session = Session(model, words).read(STORY)
+    session.save(tmp_path / "it")
+    with Session.load(tmp_path / "it", model, words, idle_sleep=SOON) as loaded:
+        until(lambda: loaded.cache.open_lengths == [0])
+    with Session(model, words, idle_sleep=NEVER).read(STORY) as session, session.fork() as other:
+        assert other._idle._timer is not None
+        other._idle._due(other._idle._timer)
+        assert other.cache.open_lengths == [0] != session.cache.open_lengths
+
+
 def test_what_a_user_can_get_wrong(model, words) -> None:
     with pytest.raises(ValueError, match="expected sleep_at to be 'document', 'turn' or None, got 'sentence'"):
         Session(model, words, sleep_at="sentence")

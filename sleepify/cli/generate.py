@@ -47,7 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     read.add_argument("--chat", action="store_true", help="as a user's message, in the tokenizer's chat template")
     made = parser.add_argument_group("what is made of it")
     made.add_argument("--max_new_tokens", type=int, default=128, help="at most so many tokens (default: 128)")
-    made.add_argument("--temperature", type=float, help="draw tokens, flatter above 1; by default the likeliest")
+    made.add_argument(
+        "--temperature", type=float, help="draw tokens, flatter above 1; by default, or at 0, the likeliest"
+    )
     made.add_argument("--seed", type=int, default=0, help="of the draws")
     slept = parser.add_argument_group("how it sleeps (by default as the checkpoint says)")
     slept.add_argument("--n_loops", type=int, help="N, passes over a full window")
@@ -76,7 +78,8 @@ def generate(arguments: argparse.Namespace) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).to(device).eval()
     options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": False}
     if arguments.temperature is not None:
-        options |= {"do_sample": True, "temperature": arguments.temperature}
+        options |= {"do_sample": arguments.temperature > 0}
+        options |= {"temperature": arguments.temperature} if arguments.temperature > 0 else {}
     if isinstance(model.config, SleepConfig):
         if arguments.window_size is not None:
             model.config.window_size = arguments.window_size

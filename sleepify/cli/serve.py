@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -66,7 +67,8 @@ def _app(given: argparse.Namespace) -> Any:
     return create_app(
         model,
         AutoTokenizer.from_pretrained(given.model),
-        given.name or Path(given.model).name,
+        # Also of "."; a name of the Hub keeps its last part.
+        given.name or os.path.basename(os.path.abspath(given.model)),
         keys=given.api_key,
         folder=given.sessions,
         idle_sleep=given.idle_sleep,

@@ -54,8 +54,14 @@ def create_app(
             on each of them, as long as its turns come one after the other.
 
     Raises:
-        ValueError: for a tokenizer that does not fit the model.
+        ValueError: for a tokenizer that does not fit the model, or a key that no request can bring.
     """
+    keys = [key.strip() for key in keys]
+    for place, key in enumerate(keys, 1):
+        if not key or not key.isascii():
+            # The key itself is for no log.
+            what = "letters beyond ASCII" if key else "an empty one"
+            raise ValueError(f"expected an API key of ASCII characters, got {what} as number {place}; give another one")
     engine = Engine(model, tokenizer, limits or Limits(), folder, idle_sleep, shared)
     server = _Server(engine, name, frozenset(map(key_hash, keys)))
 

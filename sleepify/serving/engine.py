@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sleepify.cache import SleepCache
 from sleepify.modeling import SleepForCausalLM
 from sleepify.serving.asked import Asked
 from sleepify.serving.kept import Message, Session
 from sleepify.serving.metrics import Metrics
+from sleepify.serving.origin import made_by, owner_of
 from sleepify.serving.refusals import Refusal, unknown
 from sleepify.serving.scheduler import Ended, Job, Scheduler, stop_ids_of
 from sleepify.serving.spoken import Spoken
@@ -108,7 +107,7 @@ class Engine:
         self._tokenizer, self._idle_sleep = tokenizer, idle_sleep
         self._template_tokenizer = copy.deepcopy(tokenizer)
         self._renderer = ThreadPoolExecutor(1, thread_name_prefix="sleepify-template")
-        self.store = Store(_owner_of(model), folder, limits.bytes, limits.sessions, shared)
+        self.store = Store(owner_of(model), folder, limits.bytes, limits.sessions, shared, made_by(model))
         self.scheduler = Scheduler(model, stop_ids_of(model, tokenizer), self.metrics)
         self._naps: asyncio.Task[None] | None = None
 
@@ -120,8 +119,10 @@ class Engine:
     async def close(self) -> None:
         """Write what is to be written and end the model's thread."""
         if self._naps is not None:
-            self._naps.cancel()
-            await asyncio.gather(self._naps, return_exceptions=True)
+            # Again where a write that failed at that moment was heard of instead.
+            while not self._naps.done():
+                self._naps.cancel()
+                await asyncio.wait([self._naps], timeout=1.0)
         await asyncio.get_running_loop().run_in_executor(None, self.scheduler.close)
         self._renderer.shutdown()
         await self.store.close()
@@ -167,7 +168,8 @@ class Engine:
             turn.cached = 0 if cache is None else cache.seen[0]
             if answers_as == "resp":
                 turn.answer = self.store.new(key, "resp")
-                turn.kept += [turn.answer] if asked.store else []
+                # Before the session, which moves only with all else in place.
+                turn.kept = [turn.answer, *turn.kept] if asked.store else turn.kept
             elif session_id is None:
                 # The same conversation in a later turn is the same session.
                 same = base is not None and is_tip and not (base.is_response or base.named or base.busy.locked())
@@ -282,6 +284,9 @@ class Engine:
         job = Job(cache.clone(), (), None, Spoken(self.decode), deliver)
         self.scheduler.submit(job)
         await ended.wait()
+        for reason in reasons:
+            if isinstance(reason, Ended) and reason.error is not None:
+                raise reason.error
         if job.cache is not None and reasons == [Ended("slept")]:
             await self.store.keep_slept(session, job.cache)
 
@@ -372,8 +377,13 @@ class Turn:
                 cache, read = await self._engine.memory_of(job, self.ids, self.system + conversation)
             for session in self.kept:
                 await self._engine.store.keep(session, cache.clone(), conversation, read)
-        except TooManySessionsError as error:
-            raise Refusal(429, str(error), code="too_many_sessions") from error
+        except BaseException as error:
+            if self.answer is not None:
+                # It goes on from a turn that the session has not had.
+                await self._engine.store.erase(self.answer)
+            if isinstance(error, TooManySessionsError):
+                raise Refusal(429, str(error), code="too_many_sessions") from error
+            raise
         return Outcome(text, ended.reason, len(self.ids), self.cached, job.made)
 
     @property
@@ -388,13 +398,3 @@ class Turn:
             seconds = self._engine.limits.seconds
             raise Refusal(504, f"expected an answer within {seconds:g} s, it takes longer; ask for fewer tokens",
                           code="timeout") from None  # fmt: skip
-
-
-def _owner_of(model: SleepForCausalLM) -> str:
-    """What the model's sessions say of it; also the first sign of a model that does not run."""
-    cache = SleepCache()
-    with torch.no_grad():
-        ids = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
-        model.eval()(ids, past_key_values=cache)
-    assert cache.owner is not None
-    return cache.owner

@@ -22,10 +22,14 @@ from sleepify.memory import Memory
 from sleepify.serving.prefixes import NOTHING
 
 Message = dict[str, str]
-_KEPT = (
-    *("id", "key", "owner", "named", "messages", "created", "used", "turn", "start", "start_digest", "open_ids"),
-    *("windows", "bytes"),
-)
+_KEPT: dict[str, type] = {
+    **dict.fromkeys(("id", "key", "owner", "start_digest"), str),
+    **dict.fromkeys(("turn", "start", "windows", "bytes"), int),
+    **dict.fromkeys(("created", "used"), float),
+    **dict.fromkeys(("messages", "open_ids"), list),
+    "named": bool,
+    "made_by": str,
+}
 # What is written here, whole or as a draft; other files in the folder are left alone.
 OURS = re.compile(r"\.?(sess|resp)_[\w-]{32}(\.\d+)?(\.draft)?\.(json|safetensors)")
 
@@ -38,6 +42,7 @@ class Session:
         id: which nobody can guess: 192 random bits after "sess_" or "resp_".
         key: hash of the API key that it belongs to.
         owner: the model that it belongs to, as `SleepCache.owner` names it.
+        made_by: weights and settings that its memory is of.
         named: whether its user has called it by its id; others may give way to new ones.
         messages: the conversation; the template renders it anew in every turn.
         turn: how many turns it has had.
@@ -55,6 +60,7 @@ class Session:
     id: str
     key: str
     owner: str
+    made_by: str
     named: bool = False
     messages: list[Message] = field(default_factory=list)
     created: float = field(default_factory=time.time)
@@ -109,7 +115,18 @@ def read_record(path: Path) -> Session:
     Raises:
         ValueError, KeyError, TypeError, OSError: for what is none.
     """
-    kept = json.loads(path.read_text(encoding="utf-8"))
+    # Older records do not say what made them.
+    kept = {"made_by": ""} | json.loads(path.read_text(encoding="utf-8"))
+    for name, kind in _KEPT.items():
+        if not isinstance(kept[name], kind):
+            raise TypeError(f"expected {name} to be a {kind.__name__}, got a {type(kept[name]).__name__}")
+    if f"{kept['id']}.json" != path.name:
+        raise ValueError(f"expected the record of {path.stem}, got that of {kept['id'][:80]}")
+    texts = [text for each in kept["messages"] for text in (each.values() if isinstance(each, dict) else [each, None])]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("expected messages to hold texts, got something else")
+    if not all(isinstance(each, int) and each >= 0 for each in kept["open_ids"]):
+        raise TypeError("expected open_ids to be whole numbers of at least 0, got something else")
     return Session(**{name: kept[name] for name in _KEPT})
 
 
@@ -118,10 +135,16 @@ def write(folder: Path, path: Path, record: str, cache: SleepCache | None, befor
     session_id = path.name.split(".")[0]
     if cache is not None:
         cache.save(path)
-    with written_beside(folder / f"{session_id}.json") as draft:
-        # The conversation is for nobody else's eyes, whatever the folder allows.
-        draft.touch(mode=0o600)
-        draft.write_text(record, encoding="utf-8")
+    try:
+        with written_beside(folder / f"{session_id}.json") as draft:
+            # The conversation is for nobody else's eyes, whatever the folder allows.
+            draft.touch(mode=0o600)
+            draft.write_text(record, encoding="utf-8")
+    except BaseException:
+        if cache is not None:
+            # No record names it.
+            discard(path)
+        raise
     if before is not None:
         discard(before)
 

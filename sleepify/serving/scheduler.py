@@ -229,7 +229,8 @@ class Scheduler:
         caches = [job.cache for job in jobs if job.cache is not None]
         together = SleepCache.join(caches) if caches else SleepCache()
         scores = self._forward(ids, mask, together)
-        self.metrics.read(sum(counts))
+        # The others read their own answers on, behind a full window.
+        self.metrics.read(sum(count for job, count in zip(jobs, counts, strict=True) if not job.made))
         self._count_sleep(begun)
         for job, cache, count in zip(jobs, together.split(), counts, strict=True):
             self._reading.remove(job)

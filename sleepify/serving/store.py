@@ -16,7 +16,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -25,7 +25,7 @@ from sleepify.cache import SleepCache
 from sleepify.errors import CheckpointError
 from sleepify.files import discard
 from sleepify.serving.kept import OURS, Message, Session, bytes_of, read_record, record_of, remove, start_of, write
-from sleepify.serving.prefixes import common, digests, extended
+from sleepify.serving.prefixes import NOTHING, common, digests, extended
 
 log = logging.getLogger("sleepify.serve")
 
@@ -44,10 +44,14 @@ class Store:
         per_key: sessions of one key; beyond it the longest idle one that was never called by name is forgotten.
         shared: whether other processes keep sessions in the folder, too. What these have made of one is then taken
             over when it is called; its turns must still come one after the other.
+        made_by: weights and settings that a state is of; where a record names others, its text is read anew.
     """
 
-    def __init__(self, owner: str, folder: Path | None, limit: int, per_key: int, shared: bool = False) -> None:
-        self.owner, self.folder, self.limit, self.per_key, self.shared = owner, folder, limit, per_key, shared
+    def __init__(
+        self, owner: str, folder: Path | None, limit: int, per_key: int, shared: bool = False, made_by: str = ""
+    ) -> None:
+        self.owner, self.made_by = owner, made_by
+        self.folder, self.limit, self.per_key, self.shared = folder, limit, per_key, shared
         self.bytes = 0
         self._sessions: dict[str, Session] = {}
         self._begun: WeakValueDictionary[str, Session] = WeakValueDictionary()
@@ -114,17 +118,17 @@ class Store:
 
     def new(self, key: str, kind: str = "sess", named: bool = False) -> Session:
         """A session that has read nothing; it counts from its first `keep` on."""
-        session = Session(f"{kind}_{secrets.token_urlsafe(24)}", key, self.owner, named)
+        session = Session(f"{kind}_{secrets.token_urlsafe(24)}", key, self.owner, self.made_by, named)
         self._begun[session.id] = session
         return session
 
     async def cache_of(self, session: Session) -> SleepCache | None:
-        """Its memory, from disk if it must; None if the file is lost or damaged, so that the text is read anew."""
-        if session.cache is not None or self.folder is None:
+        """Its memory, from disk if it must; None if the file is of no use, so that the text is read anew."""
+        if session.cache is not None or self.folder is None or not session.tokens:
             return session.cache
         turn, path = session.turn, session.file(self.folder)
         try:
-            cache = await self._on_disk(SleepCache.load, path)
+            cache = await asyncio.get_running_loop().run_in_executor(self._files, SleepCache.load, path)
         except (CheckpointError, OSError) as error:
             log.warning("a session's memory cannot be read and its text will be read anew: %s", error)
             return None
@@ -298,31 +302,51 @@ class Store:
 
     # --- disk ------------------------------------------------------------------------------------------------------
 
-    async def _on_disk(self, function: Any, *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._files, function, *arguments)
+    async def _on_disk(self, function: Any, *arguments: Any) -> None:
+        """What writes. It comes to its end also where nobody waits for it any more: memory then says the same."""
+        work = asyncio.get_running_loop().run_in_executor(self._files, function, *arguments)
+        try:
+            await asyncio.shield(work)
+        except asyncio.CancelledError:
+            while not work.done():
+                with suppress(asyncio.CancelledError):
+                    await asyncio.wait([work])
+            work.result()
+            raise
 
     def _find(self, folder: Path) -> None:
         """The sessions of an earlier process; what one that was killed left half done is removed."""
-        known: set[str] = set()
-        for path in sorted(each for each in folder.glob("*.json") if OURS.fullmatch(each.name)):
-            known |= self._take_in(path)
-        for path in () if self.shared else folder.iterdir():
-            if path.name not in known and OURS.fullmatch(path.name):
-                discard(path)
+        names = sorted(each.name for each in folder.iterdir() if OURS.fullmatch(each.name))
+        records: dict[str, Session | None] = {}
+        for name in names:
+            session_id, _, rest = name.partition(".")
+            if rest == "json":
+                records[session_id] = self._take_in(folder / name)
+        for name in () if self.shared else names:
+            session_id, _, rest = name.partition(".")
+            session = records.get(session_id)
+            # Next to a record that cannot be read (now, or by this version) nothing is known to be left over.
+            is_kept = session is None or rest == "json" or name == session.file(folder).name
+            if session_id not in records or not is_kept:
+                discard(folder / name)
 
-    def _take_in(self, path: Path) -> set[str]:
-        """The session of a record, if it is of this model; the names of the files that belong to the record."""
+    def _take_in(self, path: Path) -> Session | None:
+        """The session of a record, known from now on if it is of this model; None if it cannot be read."""
         try:
             session = read_record(path)
         except (ValueError, KeyError, TypeError, OSError) as error:
-            log.warning("no session in %s: %r", path, error)
-            return set()
-        if session.owner == self.owner and path.name == f"{session.id}.json":
-            self._sessions[session.id] = session
-            self._note_start(session)
-        else:
+            log.warning("%s is left alone: no session can be read from it: %r", path, error)
+            return None
+        if session.owner != self.owner:
             log.warning("%s is left alone: it belongs to another model (%s)", path, session.owner)
-        return {path.name, session.file(path.parent).name}
+            return session
+        if session.made_by != self.made_by:
+            # The conversation stays; what others made of it is not what this model would.
+            session.start, session.start_digest, session.open_ids = 0, NOTHING, []
+            session.windows, session.bytes, session.made_by = 0, 0, self.made_by
+        self._sessions[session.id] = session
+        self._note_start(session)
+        return session
 
     def _is_gone_on(self, session: Session) -> bool:
         """Whether another process has moved or erased a session, whose latest file is then not the one known."""
@@ -337,7 +361,10 @@ class Store:
             self._forget_start(known)
             self._release(known)
             del self._sessions[session_id]
-        return bool((path.exists() and self._take_in(path)) or known)
+        again = self._take_in(path) if path.exists() else None
+        # Of the same turn, whose memory is lost: there is nothing to wait for.
+        is_same = known is not None and again is not None and known.turn == again.turn
+        return (known is not None or again is not None) and not is_same
 
 
 def _own(found: Session | None, key: str) -> Session | None:

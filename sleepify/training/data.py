@@ -90,7 +90,8 @@ class SleepCollator:
 
     Labels are aligned with ``input_ids`` (the model shifts them) and -100 where nothing is predicted. The label of a
     row's first token is cleared: nothing comes before it that could predict it, and under left padding it would be
-    counted all the same.
+    counted all the same. Of a row with an ``attention_mask`` of its own only what it marks is read: padding that came
+    with the row is no text.
 
     Args:
         pad_id: the token to pad with.
@@ -99,7 +100,7 @@ class SleepCollator:
         pad_to_windows: pad to at least so many windows of columns, so that batches have one shape.
 
     Raises:
-        ValueError: for rows without tokens, or labels of another length than their tokens.
+        ValueError: for rows without tokens, or labels or a mask of another length than their tokens.
     """
 
     def __init__(
@@ -117,7 +118,8 @@ class SleepCollator:
         self.min_width = (window_size or 0) * (pad_to_windows or 0)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Rows with ``input_ids`` and, for training, ``labels``."""
+        """Rows with ``input_ids`` and, for training, ``labels``; ``attention_mask`` where they are padded."""
+        rows = [_unpadded(row) for row in rows]
         lengths = [len(row["input_ids"]) for row in rows]
         if not rows or min(lengths) == 0:
             raise ValueError(f"expected rows of at least one token, got rows of {lengths}")
@@ -139,3 +141,19 @@ class SleepCollator:
             first = width - len(values) if self.padding_side == "left" else 0
             padded[row, first : first + len(values)] = torch.as_tensor(values, dtype=torch.long)
         return padded
+
+
+def _unpadded(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row without the tokens that its own mask leaves out.
+
+    Raises:
+        ValueError: if there is not one mask value and one label per token.
+    """
+    mask = row.get("attention_mask")
+    if mask is None:
+        return row
+    kept = {name: row[name] for name in ("input_ids", "labels") if name in row}
+    for name, values in kept.items():
+        if len(values) != len(mask):
+            raise ValueError(f"expected an attention_mask of one value per {name} ({len(values)}), got {len(mask)}")
+    return {name: [v for v, real in zip(values, mask, strict=True) if real] for name, values in kept.items()}

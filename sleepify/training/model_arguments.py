@@ -72,6 +72,9 @@ class ModelArguments:
             raise ValueError(f"expected either model or architecture, got {self.model!r} and {self.architecture!r}")
         if self.lora_r < 0:
             raise ValueError(f"expected lora_r to be a rank of 1 or more, or 0 for no LoRA, got {self.lora_r!r}")
+        lora = {"lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout, "lora_targets": self.lora_targets}
+        if not self.lora_r and (given := [name for name, value in lora.items() if value]):
+            raise ValueError(f"expected lora_r, a rank, with {', '.join(given)}, got none; give it, or leave them out")
         self.model_config = json_object("model_config", self.model_config)
         if self.model_config and self.architecture is not None:
             raise ValueError("model_config changes a pretrained model's configuration; write it into architecture")

@@ -330,18 +330,30 @@ def _window(ids: Tensor, rows: Sequence[int], starts: Sequence[int], lengths: Se
 
 
 def objectives_of(
-    arguments: SleepTrainingArguments, model: nn.Module, criterion: Criterion | None
+    arguments: SleepTrainingArguments,
+    model: nn.Module,
+    criterion: Criterion | None,
+    compute_loss_func: Callable[..., Any] | None = None,
 ) -> Objectives | None:
     """The losses that are asked for; None for the model's own.
 
+    Args:
+        arguments, model, criterion: those of `Objectives`.
+        compute_loss_func: the Trainer's, which takes the place of every loss of the model's making.
+
     Raises:
-        ValueError: if they are asked of a model that does not sleep, or do not fit it.
+        ValueError: if they are asked of a model that does not sleep, do not fit it, or would be put out of force.
     """
     given = arguments.objectives()
     if not given and criterion is None:
         return None
+    asked = [*sorted(given), *(["criterion"] if criterion is not None else [])]
+    if compute_loss_func is not None:
+        raise ValueError(
+            f"expected either compute_loss_func or {', '.join(asked)}, got both: the former makes the loss alone; "
+            "leave it out, or put what it does into criterion"
+        )
     if not any(isinstance(module, SleepForCausalLM) for module in model.modules()):
-        asked = sorted(given) or ["criterion"]
         raise ValueError(
             f"expected a model that sleeps for {', '.join(asked)}, got {type(model).__name__}; leave them out"
         )

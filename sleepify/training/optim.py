@@ -29,6 +29,9 @@ GATES = frozenset(
     | {"gate", "router", "shared_expert_gate", "early_exit_gate"}
 )
 
+# How names of biases and decays end, whatever their dimensions: one of each expert or channel makes them 2-D.
+NUMBERS = ("bias", "A_log")
+
 # Where peft keeps the frozen original of a module that it trains as a whole.
 PEFT_COPY = "original_module"
 
@@ -37,7 +40,8 @@ def split_parameters(model: nn.Module) -> tuple[NamedParameters, NamedParameters
     """Who trains which parameter: (Muon's, AdamW's), each a list of (name, parameter) in the model's order.
 
     Muon gets the trainable 2-D weights except those of embeddings, the head, gates and low-rank adapters (whose step
-    size Muon's scaling by shape does not fit). Stacked experts and convolutions are 3-D and AdamW's.
+    size Muon's scaling by shape does not fit). Stacked experts and convolutions are 3-D and AdamW's; biases and decays
+    of a layer's experts or channels, which are 2-D too, are numbers side by side and AdamW's.
 
     Raises:
         ValueError: if nothing is trainable, or nothing is left for Muon.
@@ -74,7 +78,11 @@ def parameter_groups(model: nn.Module, args: SleepTrainingArguments) -> list[dic
             raise ValueError("expected parameters to train, found none that requires a gradient")
     if args.process_index == 0:
         print(describe_training(model, muon, adamw))
-    decayed = [p for _, p in adamw if len(_shape(p)) >= 2 and not getattr(p, "_no_weight_decay", False)]
+    decayed = [
+        p
+        for name, p in adamw
+        if len(_shape(p)) >= 2 and not name.endswith(NUMBERS) and not getattr(p, "_no_weight_decay", False)
+    ]
     apart = {id(p) for p in decayed}
     groups = [
         ("muon", [p for _, p in muon], args.muon_learning_rate, args.weight_decay),
@@ -180,7 +188,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     A parameter narrower than float32 has a float32 copy in its state, under "master": that is updated, and rounded to
     the parameter. A step of the recipes' size is less than half the distance of two bfloat16 numbers and would be lost.
-    Nothing but this optimiser may change such a parameter between two steps.
+    Where something else has changed the parameter since, the copy is made anew.
 
     Args:
         groups: parameter groups, each with ``algorithm`` "muon" or "adamw", ``lr`` and ``weight_decay``.
@@ -203,7 +211,9 @@ class MuonAdamW(torch.optim.Optimizer):
             self._parts["muon"] = GroupedMuon(muon, momentum=momentum, adjust_lr_fn=adjust_lr)
         if adamw := [group for group in groups if group["algorithm"] == "adamw"]:
             self._parts["adamw"] = torch.optim.AdamW(adamw, betas=betas, eps=eps)
-        super().__init__([group for part in self._parts.values() for group in part.param_groups], {})
+        # transformers' schedules that end at a rate take their share of it from the rate in the defaults.
+        rate = {"lr": groups[0]["lr"]}
+        super().__init__([group for part in self._parts.values() for group in part.param_groups], rate)
         self._share()
 
     def _share(self) -> None:
@@ -250,6 +260,9 @@ class MuonAdamW(torch.optim.Optimizer):
         for parameter, master in masters.items():
             if master is None:
                 masters[parameter] = master = parameter.detach().float()
+            else:
+                # Weights may have been loaded since the last step. To look whether they were would wait for the device.
+                master.copy_(torch.where(master.to(parameter.dtype) == parameter, master, parameter))
             master.grad = parameter.grad.float()
             # AdamW takes a state that is not empty for its own.
             self.state[master] = {key: value for key, value in self.state[parameter].items() if key != "master"}
@@ -276,4 +289,4 @@ def _shape(parameter: Tensor) -> torch.Size:
 
 def _is_special(name: str) -> bool:
     parts = name.replace(".base_layer", "").split(".")
-    return "lora_" in name or not GATES.isdisjoint(parts[-2:])
+    return "lora_" in name or name.endswith(NUMBERS) or not GATES.isdisjoint(parts[-2:])

@@ -17,7 +17,7 @@ from sleepify.errors import CheckpointError
 from sleepify.files import discard, draft_of
 from sleepify.manifest import finish_save
 from sleepify.training.arguments import SleepTrainingArguments
-from sleepify.training.text_data import TextRows
+from sleepify.training.text_data import TextRows, TextStream
 
 MERGED = "merged"
 """Folder of a model with its adapters merged, in a run's folder."""
@@ -25,9 +25,10 @@ TASK = "task.json"
 """File beside a checkpoint that says what it was trained on."""
 MANIFEST = "sleep_run.json"
 _SETTINGS = ("optimizer", "muon_learning_rate", "adamw_learning_rate", "muon_momentum", "weight_decay", "seed")
-_SINCE = ("lr_scheduler_type", "warmup_steps", "data_seed")
+_SINCE = ("lr_scheduler_type", "warmup_steps", "data_seed", "train_sampling_strategy")
 """Settings that older checkpoints say nothing of."""
 _ROWS = "rows"
+_HELD_OUT = "held_out"
 _SLEEP = ("window_size", "eviction", "loop_range", "n_loops", "backprop_loops", "backprop_windows")
 
 
@@ -48,6 +49,8 @@ def describe_run(model: nn.Module, args: SleepTrainingArguments, dataset: Any) -
     run["rows_per_step"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     run["task"] = repr(dataset.task) if hasattr(dataset, "task") else None
     run[_ROWS] = dataset.sample() if isinstance(dataset, TextRows) else None
+    # Of a stream nobody knows the rows beforehand, but which it begins with.
+    run[_HELD_OUT] = dataset.skip if isinstance(dataset, TextStream) else None
     run["parameters"] = digest.hexdigest()[:16]
     return json.loads(json.dumps(run))
 
@@ -71,7 +74,7 @@ def read_manifest(checkpoint: Path, run: dict[str, Any]) -> dict[str, Any]:
         raise CheckpointError(
             f"expected a readable {MANIFEST} in {checkpoint}, got {error!r}; take an older one"
         ) from error
-    for name in (_ROWS, *_SINCE):
+    for name in (_ROWS, _HELD_OUT, *_SINCE):
         then.setdefault(name, run[name])
     differing = [f"{name}: {then.get(name)!r} there, {run[name]!r} here" for name in run if then.get(name) != run[name]]
     if differing:

@@ -63,6 +63,8 @@ def run(recipe: Recipe, data: DatasetArguments) -> tuple[Spent, dict[str, Any]]:
                 batch_size=training.per_device_train_batch_size,
                 seed=training.seed,
             )
+        if isinstance(text.train, TextStream):
+            text.train.check_workers(training.dataloader_num_workers)
         if training.train_sampling_strategy == "random":
             training.train_sampling_strategy = "group_by_length"
         model: Any = build_model(recipe.model, recipe.sleep, len(tokenizer))

@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from sleepify.training.settings import json_object
 from sleepify.training.text_format import FORMATS, DatasetError, Encoder, recognise
@@ -118,7 +118,23 @@ class TextStream(IterableDataset[dict[str, list[int]]]):
     def __init__(self, rows: Any, encoder: Encoder, skip: int, batch_size: int) -> None:
         self.rows, self.encoder, self.skip, self.batch_size = rows, encoder, skip, batch_size
 
+    def check_workers(self, n_workers: int) -> None:
+        """See that each row that is held out is left out whoever reads it.
+
+        Raises:
+            ValueError: if several workers share files between them, none of which knows where the others' begin.
+        """
+        n_files = getattr(self.rows, "num_shards", 1)
+        if self.skip and n_workers > 1 and n_files > 1:
+            raise ValueError(
+                f"expected dataloader_num_workers of at most 1 for a stream of {n_files} files that holds out "
+                f"{self.skip} rows, got {n_workers}: each worker would leave out as many of its own; or give "
+                "held_out=0 and test on a dataset of its own"
+            )
+
     def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        worker = get_worker_info()
+        self.check_workers(0 if worker is None else worker.num_workers)
         ends = False
         while not ends:
             ends = True
@@ -236,10 +252,17 @@ def read_dataset(arguments: DatasetArguments) -> Any:
     try:
         if path.is_file() and reader == "csv":
             options |= _as_text(path)
-        return datasets.load_dataset(*names, **options)
+        raw = datasets.load_dataset(*names, **options)
+        # Blank lines part the others. Text files of a folder are cut into lines.
+        is_cut = raw.info.builder_name == "text" and options.get("sample_by") != "document"
+        return raw.filter(_says_something) if is_cut else raw
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
         why = str(error.__cause__ or error).split("\n")[0]
         raise DatasetError(f"{arguments.dataset}: expected a dataset that can be read, got {why}") from error
+
+
+def _says_something(row: dict[str, str]) -> bool:
+    return bool(row["text"].strip())
 
 
 def _as_text(path: Path) -> dict[str, Any]:

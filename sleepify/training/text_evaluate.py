@@ -1,10 +1,10 @@
 """Perplexity of held-out text by distance, and exact match of answers by distance.
 
 The distance of a token is how many tokens ago the window ended in which the same pair, it and the token before it, was
-last read: 0 if that window is still open, so that its keys are there; "new" if the pair never was. What is further away
-than 0 can come back only out of fast weights. An answer's distance is that of the last place where it stood whole. An
-answer is right if each of its tokens is the model's first choice given those before it, which is what greedy decoding
-would find.
+last read: 0 if its keys are still there ("hard" eviction: that window is open; "sliding": it was read in the last L
+tokens); "new" if the pair never was. What is further away than 0 can come back only out of fast weights. An answer's
+distance is that of the last place where it stood whole. An answer is right if each of its tokens is the model's first
+choice given those before it, which is what greedy decoding would find.
 """
 
 from __future__ import annotations
@@ -56,33 +56,34 @@ class Costs:
     right: list[bool] = field(default_factory=list)
 
 
-def distances(ids: Sequence[int], window_size: int) -> list[int | None]:
+def distances(ids: Sequence[int], window_size: int, sliding: bool = False) -> list[int | None]:
     """The distance of every token of a row; None where its pair was not read before (and for the first)."""
     found: list[int | None] = [None]
     last: dict[tuple[int, int], int] = {}
     for column in range(1, len(ids)):
         pair = (ids[column - 1], ids[column])
-        found.append(_since(last.get(pair), column, window_size))
+        found.append(_since(last.get(pair), column, window_size, sliding))
         last[pair] = column
     return found[: len(ids)]
 
 
-def answer_distance(ids: Sequence[int], start: int, stop: int, window_size: int) -> int | None:
+def answer_distance(ids: Sequence[int], start: int, stop: int, window_size: int, sliding: bool = False) -> int | None:
     """The distance of an answer ids[start:stop] from the last place where it stands before; None if it does not."""
     length = stop - start
     wanted = list(ids[start:stop])
     for place in range(start - length, -1, -1):
         if list(ids[place : place + length]) == wanted:
-            return _since(place + length - 1, start, window_size)
+            return _since(place + length - 1, start, window_size, sliding)
     return None
 
 
-def _since(last: int | None, column: int, window_size: int) -> int | None:
+def _since(last: int | None, column: int, window_size: int, sliding: bool) -> int | None:
     """Tokens since the window of ``last`` ended, when the token before ``column`` is read."""
     if last is None:
         return None
     reading = column - 1
-    return 0 if last // window_size == reading // window_size else reading - (last // window_size + 1) * window_size + 1
+    is_there = reading - last < window_size if sliding else last // window_size == reading // window_size
+    return 0 if is_there else reading - (last // window_size + 1) * window_size + 1
 
 
 def bucket(distance: int | None, window_size: int) -> str:
@@ -133,6 +134,8 @@ def evaluate_text(
     order = sorted(range(total), key=lambda index: rows.lengths[index])
     # Every rank reads as many batches: forward passes of sharded models wait for each other.
     places = range(rank, math.ceil(total / n_ranks) * n_ranks, n_ranks)
+    sleeping = _sleeping(model)
+    sliding = sleeping is not None and sleeping.options().sliding
     tallies: dict[str, Tally] = {}
     was_training = model.training
     model.eval()
@@ -142,7 +145,7 @@ def evaluate_text(
             picked = [order[min(number, total - 1)] for number in numbers]
             costs = _costs(model, [rows[index] for index in picked], pad_id, n_loops, window_size)
             counted = [number < total for number in numbers]
-            for name, tally in _tally(costs, rows, picked, counted, window_size):
+            for name, tally in _tally(costs, rows, picked, counted, window_size, sliding):
                 tallies.setdefault(name, Tally()).add(tally)
     finally:
         model.train(was_training)
@@ -154,10 +157,10 @@ def evaluate_text(
 
 
 def _tally(
-    costs: Costs, rows: TextRows, picked: Sequence[int], counted: Sequence[bool], window_size: int
+    costs: Costs, rows: TextRows, picked: Sequence[int], counted: Sequence[bool], window_size: int, sliding: bool
 ) -> Iterator[tuple[str, Tally]]:
     ids = [rows[index]["input_ids"] for index in picked]
-    known = [distances(row, window_size) for row in ids]
+    known = [distances(row, window_size, sliding) for row in ids]
     right: dict[tuple[int, int], bool] = {}
     for row, column, cost, hit in zip(costs.rows, costs.columns, costs.costs, costs.right, strict=True):
         right[row, column] = hit
@@ -167,7 +170,8 @@ def _tally(
         span = rows.answer(index)
         if span and counted[row]:
             hit = all(right[row, column] for column in range(*span))
-            yield bucket(answer_distance(ids[row], span[0], span[1], window_size), window_size), Tally(0, 0.0, 1, hit)
+            distance = answer_distance(ids[row], span[0], span[1], window_size, sliding)
+            yield bucket(distance, window_size), Tally(0, 0.0, 1, hit)
 
 
 def _results(tallies: dict[str, Tally]) -> dict[str, Any]:
@@ -213,13 +217,17 @@ def _share(tally: Tally) -> dict[str, Any]:
     return {"accuracy": accuracy, "correct": int(tally.right), "total": tally.answers, "interval": interval}
 
 
+def _sleeping(model: nn.Module) -> SleepForCausalLM | None:
+    return next((module for module in model.modules() if isinstance(module, SleepForCausalLM)), None)
+
+
 @torch.no_grad()
 def _costs(
     model: nn.Module, rows: Sequence[dict[str, list[int]]], pad_id: int, n_loops: int | None, window_size: int
 ) -> Costs:
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in SleepCollator(pad_id, "right")(rows).items()}
-    sleeping = next((module for module in model.modules() if isinstance(module, SleepForCausalLM)), None)
+    sleeping = _sleeping(model)
     costs = Costs()
     if sleeping is None:
         logits: Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits

@@ -12,6 +12,7 @@ Every row is whole, however long: what a model forgets of it is for sleep to kee
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
 }
+CHATS = ("messages", "prompt_completion")
+"""Formats beside which a column ``tools`` says what the assistant may call."""
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
 
 
@@ -61,7 +64,9 @@ def recognise(columns: Sequence[str], renamed: Mapping[str, str], chosen: str | 
                 f"{suggest(theirs, list(columns))}"
             )
     there = {*columns, *renamed}
-    for name in [chosen] if chosen is not None else FORMATS:
+    # A column that is renamed is meant to be read.
+    fitting = sorted(FORMATS, key=lambda name: not renamed.keys() <= set(FORMATS[name]))
+    for name in [chosen] if chosen is not None else fitting:
         missing = [column for column in FORMATS[name] if column not in there]
         if not missing:
             return name
@@ -123,7 +128,8 @@ class Encoder:
         """
         where = f"row {number}"
         values = {name: row.get(self.columns.get(name, name)) for name in FORMATS[self.format]}
-        ids, labels, answer = getattr(self, f"_{self.format}")(*(values.values()), where)
+        told = _tools(row.get("tools"), where) if self.format in CHATS else {}
+        ids, labels, answer = getattr(self, f"_{self.format}")(*(values.values()), where, **told)
         if not any(label != IGNORE for label in labels[1:]):
             raise DatasetError(f"{where}: expected at least one token to predict, got none; take the row out")
         if self.longest is not None and len(ids) > self.longest:
@@ -136,12 +142,14 @@ class Encoder:
     # --- formats ---------------------------------------------------------------------------------------------------
 
     def _text(self, text: Any, where: str) -> tuple[list[int], list[int], list[int]]:
-        ids = self._begin(_text(text, "text", where)) + self._end()
+        ids = self._unended(self._begin(_text(text, "text", where))) + self._end()
         return ids, list(ids), []
 
-    def _prompt_completion(self, prompt: Any, completion: Any, where: str) -> tuple[list[int], list[int], list[int]]:
+    def _prompt_completion(
+        self, prompt: Any, completion: Any, where: str, **told: Any
+    ) -> tuple[list[int], list[int], list[int]]:
         if isinstance(prompt, list) and isinstance(completion, list):
-            ids, labels, _ = self._messages([*prompt, *completion], where, first=len(prompt))
+            ids, labels, _ = self._messages([*prompt, *completion], where, first=len(prompt), **told)
             return ids, labels, []
         return self._asked(_text(prompt, "prompt", where), _text(completion, "completion", where))
 
@@ -153,11 +161,13 @@ class Encoder:
         return self._asked(said, _text(answer, "answer", where))
 
     def _asked(self, before: str, answer: str) -> tuple[list[int], list[int], list[int]]:
-        first, said, end = self._begin(before), self._encode(answer), self._end()
+        first, said, end = self._begin(before), self._unended(self._encode(answer)), self._end()
         labels = [IGNORE] * len(first) + said + end
-        return first + said + end, labels, [len(first), len(first) + len(said)]
+        return first + said + end, labels, [len(first), len(first) + len(said)] if said else []
 
-    def _messages(self, messages: Any, where: str, first: int = 0) -> tuple[list[int], list[int], list[int]]:
+    def _messages(
+        self, messages: Any, where: str, first: int = 0, **told: Any
+    ) -> tuple[list[int], list[int], list[int]]:
         if not isinstance(messages, list) or not messages:
             raise DatasetError(f"{where}: expected messages as a list, got {_short(messages)}")
         for message in messages:
@@ -168,19 +178,20 @@ class Encoder:
             raise DatasetError(f"{where}: expected a message of the assistant to learn, got none; take the row out")
         template = self.tokenizer.chat_template
         if first == 0 and self.tokenizer.is_fast and isinstance(template, str) and _GENERATION.search(template):
-            told = self.tokenizer.apply_chat_template(
-                messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            )
-            mask = told["assistant_masks"]
-            ids = list(told["input_ids"])
+            written = self._written(messages, where, return_assistant_tokens_mask=True, **told)
+            mask, ids = written["assistant_masks"], list(written["input_ids"])
             return ids, [t if spoken else IGNORE for t, spoken in zip(ids, mask, strict=True)], []
-        ids = self._chat(messages, where)
+        ids = self._chat(messages, where, **told)
         labels = [IGNORE] * len(ids)
         for place, message in enumerate(messages):
             if message["role"] != "assistant" or place < first:
                 continue
-            before = self._chat(messages[:place], where, add_generation_prompt=True) if place else []
-            after = self._chat(messages[: place + 1], where)
+            after = self._chat(messages[: place + 1], where, **told)
+            if place:
+                before = self._chat(messages[:place], where, add_generation_prompt=True, **told)
+            else:
+                # Templates write no prompt of nothing: what stands before the content whatever it is, is the header.
+                before = _shared(after, self._chat([{**message, "content": ""}], where, **told))
             if ids[: len(after)] != after or after[: len(before)] != before:
                 raise DatasetError(
                     f"{where}: expected a chat template that leaves earlier turns as they are, got one that rewrites "
@@ -190,15 +201,17 @@ class Encoder:
         return ids, labels, []
 
     def _chat(self, messages: Sequence[Any], where: str, **options: Any) -> list[int]:
+        return list(self._written(messages, where, **options)["input_ids"])
+
+    def _written(self, messages: Sequence[Any], where: str, **options: Any) -> Any:
         try:
-            told = self.tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **options)
+            return self.tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **options)
         # jinja2 comes with transformers' chat templates and has errors of its own, as templates have that raise.
         except Exception as error:
             raise DatasetError(
                 f"{where}: expected a chat template that takes these messages, got {type(error).__name__}: {error}; "
                 "give another chat_template"
             ) from error
-        return list(told["input_ids"])
 
     # --- tokens ----------------------------------------------------------------------------------------------------
 
@@ -211,7 +224,13 @@ class Encoder:
         return front(self.tokenizer) if isinstance(self.tokenizer, PreTrainedTokenizerBase) else []
 
     def _begin(self, text: str) -> list[int]:
-        return [*self._front, *self._encode(text)]
+        ids = self._encode(text)
+        # Text that a chat template has written begins and ends with its own.
+        return ids if ids[: len(self._front)] == self._front else [*self._front, *ids]
+
+    def _unended(self, ids: list[int]) -> list[int]:
+        end = self._end()
+        return ids[: -len(end)] if end and ids[-len(end) :] == end else ids
 
     def _end(self) -> list[int]:
         eos = getattr(self.tokenizer, "eos_token_id", None)
@@ -224,6 +243,21 @@ def _text(value: Any, name: str, where: str, may_be_empty: bool = False) -> str:
     if not value.strip() and not may_be_empty:
         raise DatasetError(f"{where}: expected {name} to say something, got {_short(value)}; take the row out")
     return value
+
+
+def _tools(value: Any, where: str) -> dict[str, Any]:
+    """What a chat template is told of tools, a list or JSON: nothing where there are none."""
+    try:
+        tools = json.loads(value) if isinstance(value, str) and value.strip() else value
+    except ValueError as error:
+        raise DatasetError(f"{where}: expected tools as a list or JSON, got {_short(value)}: {error}") from error
+    return {"tools": tools} if tools else {}
+
+
+def _shared(left: list[int], right: list[int]) -> list[int]:
+    """What both begin with."""
+    end = next((n for n, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+    return left[:end]
 
 
 def _short(value: Any) -> str:

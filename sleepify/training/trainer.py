@@ -120,7 +120,7 @@ class SleepTrainer(SleepPushes):
             # Layer by layer; Accelerate would wrap the whole model, whose loop over windows is no graph.
             self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
             sleeping_model(model).compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
-        self._objectives = objectives_of(args, model, criterion)
+        self._objectives = objectives_of(args, model, criterion, self.compute_loss_func)
         self._counts: Tensor | None = None
         self._run = runs.describe_run(model, args, self.train_dataset)
         self._progress: dict[str, Any] = {}

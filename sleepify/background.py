@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from sleepify.memory import Memory
 from sleepify.snapshot import Snapshot
@@ -66,7 +67,7 @@ class Nap:
             known = self.before.pending or tuple(ids[:0] for ids in later)
             whole = tuple(torch.cat(parts) for parts in zip(known, later, unread, strict=True))
             pending = whole if any(map(len, whole)) else ()
-            return replace(self.before, pending=pending, columns=session.columns)
+            return replace(self.before, pending=pending, columns=_columns(session, pending))
         slept = self.making.result()
         open_ids = slept.open_ids.clone()
         for row, ids in enumerate(later):
@@ -78,8 +79,13 @@ class Nap:
             seen=tuple(map(sum, zip(slept.seen, came, strict=True))),
             stale=tuple(count > 0 for count in came),
             pending=pending if any(map(len, pending)) else (),
-            columns=session.columns,
+            columns=_columns(session, pending),
         )
+
+
+def _columns(session: Snapshot, pending: Sequence[Tensor]) -> int:
+    """Of what a session has read where these ids wait: all that came to it, less the most of them."""
+    return session.columns + max(_waiting(session), default=0) - max(map(len, pending), default=0)
 
 
 class Making:

@@ -137,13 +137,15 @@ class SleepForCausalLM(
     def host_of(self, settings: Settings) -> Host:
         """`blocks` for these settings."""
         window = settings.window_size if settings.sliding else None
-        decoder: Any = getattr(self.language_model, self.language_model.base_model_prefix)
-        parts = (self.language_model, decoder, decoder.layers, *self.fast_weights)
-        made_of = (*map(id, parts), settings.loop_range, window)
+        base: Any = self.language_model
+        # Looked up without asking the modules, since this is done for every token.
+        decoder = base._modules.get(base.base_model_prefix)
+        layers = None if decoder is None else decoder._modules.get("layers")
+        made_of = (*map(id, (base, decoder, layers, *self.fast_weights)), settings.loop_range, window)
         known, host = self._host
         if host is None or known != made_of:
-            layers = dict(zip(self._settings.inserted.layers or [], self.fast_weights, strict=True))
-            host = host_class(self.config.text_config)(self.language_model, layers, settings.loop_range, window)
+            inserted = dict(zip(self._settings.inserted.layers or [], self.fast_weights, strict=True))
+            host = host_class(self.config.text_config)(base, inserted, settings.loop_range, window)
             self._host = (made_of, host)
         return host
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from sleepify import sleep as algorithm
@@ -78,7 +79,9 @@ class SleepOnDemand:
         model: Any = self
         if waiting := [row for row in chosen if session.pending and len(session.pending[row])]:
             read = self._read_pending(blocks, session.select(waiting), settings)
+            came = session.columns + max(map(len, session.pending))
             session = session.put(waiting, read)
+            session = replace(session, columns=came - max(map(len, session.pending), default=0))
         session = session.lasting(chosen)
         awake: dict[int, list[int]] = {}
         for row in chosen:

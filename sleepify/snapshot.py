@@ -150,9 +150,11 @@ class Snapshot:
 
         What was pending has its columns, which came with no call.
         """
+        if not self.pending and not any(self.stale):
+            return self
         columns = self.columns + max(map(len, self.pending), default=0)
         if not any(self.stale):
-            return replace(self, pending=(), columns=columns) if self.pending else self
+            return replace(self, pending=(), columns=columns)
         back = [length if stale else 0 for length, stale in zip(self.open_lengths, self.stale, strict=True)]
         return replace(
             self,

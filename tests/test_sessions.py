@@ -432,6 +432,16 @@ def test_only_the_rows_that_sleep_read_what_waits_for_them(model):
         assert_close(after[row], expected[0], EXACT, f"row {row}")
 
 
+def test_rows_that_wait_have_their_columns_once(model):
+    """Where one of two rows sleeps, and the other reads its token later."""
+    options = {"eos_token_id": None, "max_new_tokens": 2}
+    cache = model.generate(tokens(2, 6), **options | GREEDY).past_key_values
+    model.sleep(cache, rows=[0])
+    assert [len(ids) for ids in cache.pending] == [0, 1]
+    model(tokens(2, 2, seed=1), past_key_values=cache)
+    assert (cache.seen, cache.get_seq_length()) == ([10, 10], 10)
+
+
 def test_cropping_counts_what_waits(model):
     cache = model.generate(tokens(1, 6), max_new_tokens=3, eos_token_id=None, **GREEDY).past_key_values
     twin = cache.clone()
